@@ -1,0 +1,153 @@
+"""Compile C and keep what was compiled.
+
+An object is found again by its key, a digest of everything that decides its machine code. Files are written beside their
+place and moved there, under a lock; an object is loaded only from a private folder and only if its own digest matches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import warnings
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+from seqparc.errors import SeqparcWarning, ToolchainError
+from seqparc.options import environment
+
+FLAGS = (
+    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math", "-fno-semantic-interposition", "-w",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Key:
+    """Everything that decides an object's machine code."""
+
+    source: str  # the text itself, vector header included
+    compiler: str  # path and version line: another compiler makes other code
+    flags: tuple[str, ...]
+    machine: str  # -march=native means this processor
+
+    def digest(self) -> str:
+        h = hashlib.sha256()
+        for part in astuple(self):
+            h.update(repr(part).encode() + b"\0")
+        return h.hexdigest()
+
+
+def load(source: str) -> tuple[ctypes.CDLL, Path]:
+    """The compiled library of a source, from the cache if it is there, and where its source lies."""
+    compiler, version = _compiler()
+    key = Key(source, f"{compiler} {version}", FLAGS, _machine()).digest()
+    folder = cache_folder()
+    path = folder / f"{key}.so"
+    if not _intact(path):
+        with filelock.FileLock(str(folder / f"{key}.lock")):
+            if not _intact(path):
+                _compile(compiler, source, path)
+    try:
+        return ctypes.CDLL(str(path)), path.with_suffix(".c")
+    except OSError as error:
+        raise ToolchainError(f"the compiled kernel {path} cannot be loaded: {error}. Delete it and try again.") from error
+
+
+def _intact(path: Path) -> bool:
+    """Whether an object is there whole: its digest stands beside it."""
+    try:
+        return path.with_suffix(".sha256").read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return False
+
+
+def _compile(compiler: str, source: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
+        text, made = Path(work, "kernel.c"), Path(work, "kernel.so")
+        text.write_text(source)
+        command = (compiler, *FLAGS, str(text), "-o", str(made), "-lm")
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ToolchainError(f"the C compiler {compiler} cannot be run: {error}", command) from error
+        if done.returncode or not made.exists():
+            raise ToolchainError(
+                f"the C compiler failed with status {done.returncode}:\n{' '.join(command)}\n{done.stderr.strip()}", command, done.stderr
+            )
+        digest = hashlib.sha256(made.read_bytes()).hexdigest()
+        Path(work, "kernel.sha256").write_text(digest)
+        os.replace(text, path.with_suffix(".c"))
+        os.replace(made, path)
+        os.replace(Path(work, "kernel.sha256"), path.with_suffix(".sha256"))  # last: it says the object is whole
+
+
+@functools.cache
+def _find(name: str, search: str) -> tuple[str, str]:
+    del search  # part of the key only: another PATH may find another compiler
+    found = shutil.which(name)
+    if found is None:
+        raise ToolchainError(f"no C compiler named {name!r} is on the PATH")
+    try:
+        version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    except OSError as error:
+        raise ToolchainError(f"the C compiler {found} cannot be run: {error}") from error
+    return found, version
+
+
+def _compiler() -> tuple[str, str]:
+    search = os.environ.get("PATH", "")
+    asked = environment("CC")
+    if asked:
+        return _find(asked, search)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return _find(name, search)
+    raise ToolchainError("no C compiler was found (looked for cc, gcc, clang on the PATH). Install one, or name it in CC.")
+
+
+@functools.cache
+def _machine() -> str:
+    """The processor as -march=native sees it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        flags = next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:16]}"
+
+
+_private: Path | None = None
+
+
+def cache_folder() -> Path:
+    """The folder of compiled kernels: private to the user, or a temporary one, said once, if that cannot be had."""
+    global _private
+    asked = environment("SEQPARC_CACHE")
+    folder = Path(asked) if asked else Path(platformdirs.user_cache_dir("seqparc"))
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError("it belongs to another user or others may write to it")
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if _private is None:
+            _private = Path(tempfile.mkdtemp(prefix="seqparc-"))
+            warnings.warn(
+                f"the cache folder {folder} cannot be used ({error}); kernels of this process go to {_private} and are compiled anew "
+                "next time. Name another folder in SEQPARC_CACHE.",
+                SeqparcWarning,
+                stacklevel=2,
+            )
+        return _private

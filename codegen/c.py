@@ -1,0 +1,362 @@
+"""A lane program as C: one function that runs every chunk of every lane over its stretch of time.
+
+The lanes of a kernel are chunks × batch × lanes of the program. W of them share a hardware vector, U vectors a tile, and
+tiles are shared out over threads. Scalar programs have the program's lanes innermost, where their numbers lie side by
+side in memory; vector programs keep all lanes of a tile on one lane of the program, so that weights are broadcast.
+
+The generated text is meant to be read: see `CKernel.source`.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqparc import ir
+from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, schedule
+from seqparc.ir import Program, Value
+from seqparc.ops import OPS
+
+Ints = NDArray[np.int32]
+
+#: Rows of a contraction computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
+ROWS = 6
+#: Bytes of stack one thread may use for a tile.
+STACK_LIMIT = 2_000_000
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in the order its contraction reads it: elements `index` of parameter `slot` (-1: zero), [lanes or 1, numbers]."""
+
+    slot: int
+    index: ir.Index
+
+
+@dataclass(frozen=True)
+class CSource:
+    """What `emit` gives: the source and how its arguments are laid out."""
+
+    text: str
+    packed: tuple[Packed, ...]
+    scalar: bool
+    width: int  # vectors per tile
+
+
+@dataclass
+class _Block:
+    """Consecutive rows of a contraction that read the same elements of its vector operand."""
+
+    first: int
+    rows: int
+    columns: Ints
+    offset: int  # in the packed weight
+
+
+@dataclass
+class _Printer:
+    program: Program
+    double: bool
+    lines: list[str] = field(default_factory=list)
+    tables: dict[bytes, str] = field(default_factory=dict)
+    declared: list[str] = field(default_factory=list)
+    packed: list[Packed] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.plan: Schedule = schedule(self.program)
+        self.scalar = all(v.size == 1 for v in ir.topological(self.program.outputs))
+        self.groups: dict[tuple[str, int, object], int] = {}  # offset arrays: (kind, slot, how the lane enters)
+        self.param_regs: dict[ir.Leaf, int] = {}
+
+    # -- addresses -----------------------------------------------------------------------------------------------------
+
+    def table(self, array: Ints) -> str:
+        key = array.astype(np.int32).tobytes()
+        if key not in self.tables:
+            name = f"T{len(self.tables)}"
+            self.tables[key] = name
+            numbers = ", ".join(map(str, array.reshape(-1).tolist()))
+            self.declared.append(f"static const int32_t {name}[{array.size}] = {{{numbers}}};")
+        return self.tables[key]
+
+    def address(self, index: Ints, g: str = "g", i: str = "i") -> str:
+        """Element index[g, i] as a C expression: affine where it is, a table where it is not."""
+        found = ir.affine(index)
+        if found is None:
+            return f"{self.table(index)}[{g} * {index.shape[1]} + {i}]" if index.shape[1] > 1 else f"{self.table(index)}[{g}]"
+        offset, (by_lane, by_element) = found
+        terms = [str(offset)] if offset else []
+        if by_lane:
+            terms.append(f"{g}" if by_lane == 1 else f"{g} * {by_lane}")
+        if by_element and index.shape[1] > 1:
+            terms.append(i if by_element == 1 else f"{i} * {by_element}")
+        return " + ".join(terms) or "0"
+
+    def lane_group(self, kind: str, slot: int, index: Ints) -> tuple[int, int, str]:
+        """Scalar programs: the offset array of a tensor access, the constant added to it, and its access mode."""
+        found = ir.affine(index)
+        how: object
+        if found is None:
+            how, offset, mode = self.table(index[:, 0]), 0, "ANY"
+        else:
+            offset, (stride, _) = found
+            how, mode = stride, {0: "SAME", 1: "SIDE"}.get(stride, "ANY")
+            if self.program.lanes == 1:
+                how, mode = 0, "SAME"
+        number = self.groups.setdefault((kind, slot, how), len(self.groups))
+        return number, offset, mode
+
+    # -- expressions ---------------------------------------------------------------------------------------------------
+
+    def expression(self, value: Value, position: Ints, memo: dict[tuple[Value, bytes], str], out: list[str]) -> str:
+        """The name of a local that holds elements `position[i]` of a value; statements that make it go to `out`."""
+        key = (value, position.tobytes())
+        if key in memo:
+            return memo[key]
+        name = f"v{len(memo)}"
+        src = getattr(value, "src", None)
+        comment = f"  // {src.file.rsplit('/', 1)[-1]}:{src.line}" if src else ""
+        if value in self.plan.arrays:
+            text = f"a{self.plan.arrays[value]}[{self.position(position)}][u]"
+        else:
+            match value:
+                case ir.Const(value=number):
+                    memo[key] = f"sp_set1({_number(number, self.double)})"
+                    return memo[key]
+                case ir.Leaf(kind="state"):
+                    number = self.program.state.index(value)
+                    text = f"s{number}[{self.position(position)}][u]"
+                    if self.scalar:
+                        memo[key] = text
+                        return text
+                case ir.Leaf(kind="stream", slot=slot, index=index):
+                    if self.scalar:
+                        group, offset, mode = self.lane_group("x", slot, index.array)
+                        text = f"LOAD_{mode}(x{slot} + {offset} + k * x{slot}_t, o{group} + u * W)"
+                    else:
+                        text = f"sp_gather(x{slot} + ({self.address(index.array[:, position])}) + k * x{slot}_t, x{slot}_o + u * W)"
+                case ir.Leaf(kind="param", slot=slot, index=index):
+                    if self.scalar and self.program.lanes > 1:
+                        leaf = value
+                        number = self.param_regs.setdefault(leaf, len(self.param_regs))
+                        memo[key] = f"p[{number}][u]"
+                        return memo[key]
+                    text = f"sp_set1(p{slot}[{self.address(index.array[:, position])}])"
+                case ir.Map(op=op, operands=operands):
+                    names = [self.expression(a, position, memo, out) for a in operands]
+                    name = f"v{len(memo)}"
+                    text = OPS[op].c.format(*(n if n.endswith((")", "]")) else f"{n}[u]" for n in names))
+                case ir.Gather(sources=sources, which=which, index=index):
+                    w = which.array[position]
+                    if not (w == w[0]).all():
+                        raise TooIrregularError("a gather that mixes sources element by element")
+                    inner = (
+                        self.expression(ir.const(0.0), np.zeros(1, np.int32), memo, out)
+                        if w[0] < 0
+                        else self.expression(sources[w[0]], index.array[position], memo, out)
+                    )
+                    memo[key] = inner
+                    return inner
+                case _:
+                    raise TypeError(type(value).__name__)
+        out.append(f"vf {name}[U]; EACH {name}[u] = {text};{comment}")
+        memo[key] = name
+        return name
+
+    def position(self, position: Ints) -> str:
+        return self.address(position[None], g="0")
+
+    def use(self, name: str) -> str:
+        return name if name.endswith((")", "]")) else f"{name}[u]"
+
+    # -- statements ----------------------------------------------------------------------------------------------------
+
+    def loop(self, loop: Loop) -> list[str]:
+        memo: dict[tuple[Value, bytes], str] = {}
+        body: list[str] = []
+        for t in loop.targets:
+            name = self.use(self.expression_of(t, memo, body))
+            body += self.store(t, name, loop.size)
+        if loop.size == 1:
+            return [line.replace("[i]", "[0]") for line in body]
+        return [f"for (int64_t i = 0; i < {loop.size}; i++) {{", *("  " + line for line in body), "}"]
+
+    def expression_of(self, t: Target, memo: dict[tuple[Value, bytes], str], body: list[str]) -> str:
+        position = np.array(t.position, np.int32)
+        number = self.plan.arrays.get(t.value) if t.role == "array" else None
+        if number is not None and number == t.number:
+            del self.plan.arrays[t.value]  # computed here, not read back
+            name = self.expression(t.value, position, memo, body)
+            self.plan.arrays[t.value] = number
+            return name
+        return self.expression(t.value, position, memo, body)
+
+    def store(self, t: Target, name: str, size: int) -> list[str]:
+        at = "0" if size == 1 and not t.at else (f"{t.at}" if size == 1 else ("i" if not t.at else f"{t.at} + i"))
+        match t.role:
+            case "array":
+                return [f"EACH a{t.number}[{at}][u] = {name};"]
+            case "next":
+                return [f"EACH n{t.number}[{at}][u] = {name};"]
+            case "sum":
+                return [f"EACH c{t.number}[{at}][u] += KEEP({name});"]
+            case "emit":
+                s = self.program.emits[t.number]
+                index = s.index.array[:, t.at : t.at + size]
+                if self.scalar:
+                    group, offset, mode = self.lane_group("y", s.slot, index)
+                    return [f"if (y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
+                return [f"if (y{s.slot}) EACH STORE_ANY(y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t, y{s.slot}_o + u * W, {name});"]
+
+    def array_name(self, value: Value) -> str:
+        if value in self.plan.arrays:
+            return f"a{self.plan.arrays[value]}"
+        assert isinstance(value, ir.Leaf) and value.kind == "state"
+        return f"s{self.program.state.index(value)}"
+
+    def contract(self, v: ir.Contract) -> list[str]:
+        out = self.plan.arrays[v]
+        comment = f"  // {v.src.file.rsplit('/', 1)[-1]}:{v.src.line}" if v.src else ""
+        if not (isinstance(v.a, ir.Leaf) and v.a.kind == "param"):
+            return self.contract_values(v, comment)
+        blocks, weight = _pack(v)
+        leaf = np.asarray(v.a.index.array)
+        same = bool((leaf == leaf[:1]).all())
+        rows = leaf[:1] if same else leaf
+        packed = np.where(weight[None] < 0, -1, rows[:, np.maximum(weight, 0)])
+        number = len(self.packed)
+        self.packed.append(Packed(v.a.slot, ir.Index(packed)))
+        w = f"w{number}" if same else f"w{number} + g * {packed.shape[1]}"
+        b = self.array_name(v.b)
+        lines = []
+        for block in blocks:
+            k = len(block.columns)
+            column = self.address(block.columns[None], g="0", i="q")
+            lines += [
+                f"for (int64_t r = 0; r < {block.rows}; r += {ROWS}) {{{comment}",
+                f"  const real* restrict row = {w} + {block.offset} + r * {k};",
+                f"  vf acc[{ROWS}][U]; for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] = sp_set1(0);",
+                f"  for (int64_t q = 0; q < {k}; q++)",
+                f"    UNROLL for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] += row[q * {ROWS} + j] * {b}[{column}][u];",
+                f"  for (int j = 0; j < {ROWS}; j++) EACH a{out}[{block.first} + r + j][u] = acc[j][u];",
+                "}",
+            ]
+        return lines
+
+    def contract_values(self, v: ir.Contract, comment: str) -> list[str]:
+        """A product of two lane values."""
+        out = self.plan.arrays[v]
+
+        def operand(value: Value, index: Ints) -> str:
+            at = self.address(np.maximum(index, 0), g="e", i="q")
+            if isinstance(value, ir.Leaf) and value.kind == "param":
+                lanes = value.index.array
+                if self.program.lanes > 1:
+                    raise TooIrregularError("a parameter as the second factor of a product in several lanes")
+                return f"sp_set1(p{value.slot}[{self.address(lanes[:, np.maximum(index, 0).reshape(-1)].reshape(index.shape), 'e', 'q')}])"
+            return f"{self.array_name(value)}[{at}][u]"
+
+        counts = self.counts(v.ia.array)
+        a, b = operand(v.a, v.ia.array), operand(v.b, v.ib.array)
+        return [
+            f"for (int64_t e = 0; e < {v.size}; e++) {{{comment}",
+            "  vf acc[U]; EACH acc[u] = sp_set1(0);",
+            f"  for (int64_t q = 0; q < {counts}; q++) EACH acc[u] += {a} * {b};",
+            f"  EACH a{out}[e][u] = acc[u];",
+            "}",
+        ]
+
+    def counts(self, index: Ints) -> str:
+        """How many leading entries of row e are real; the rest must be -1."""
+        live = index >= 0
+        if live.all():
+            return str(index.shape[1])
+        if not (np.sort(~live, axis=1) == ~live).all():
+            raise TooIrregularError("a sum with holes in it")
+        return f"{self.table(live.sum(1).astype(np.int32))}[e]"
+
+    def reduce(self, v: ir.Reduce) -> list[str]:
+        out = self.plan.arrays[v]
+        index = v.index.array
+        counts = self.counts(index)
+        x = f"{self.array_name(v.x)}[{self.address(np.maximum(index, 0), g='e', i='q')}][u]"
+        step = f"acc[u] += {x}" if v.fold == "sum" else f"acc[u] = sp_max(acc[u], {x})"
+        start = "0" if v.fold == "sum" else "-INFINITY"
+        return [
+            f"for (int64_t e = 0; e < {v.size}; e++) {{",
+            f"  vf acc[U]; EACH acc[u] = sp_set1({start});",
+            f"  for (int64_t q = 0; q < {counts}; q++) EACH {step};",
+            f"  EACH a{out}[e][u] = acc[u];",
+            "}",
+        ]
+
+
+def _pack(v: ir.Contract) -> tuple[list[_Block], Ints]:
+    """Row blocks of a contraction with a weight, and the weight's elements in the order they are read."""
+    ia, ib = v.ia.array, v.ib.array
+    if (ib < 0).any() or not (ib == ib[:1]).all():
+        # Rows that read different elements: if they share most of them, give every row all of them with zero weights.
+        union = np.unique(ib[ib >= 0])
+        if len(union) <= 4 * ib.shape[1] or len({r.tobytes() for r in ib}) > len(ib) // 2:
+            column = np.zeros(int(union.max(initial=0)) + 1, np.int32)
+            column[union] = np.arange(len(union))
+            wide = np.full((len(ib), len(union)), -1, np.int32)
+            rows, cols = np.nonzero(ib >= 0)
+            target = column[ib[rows, cols]]
+            if len(np.unique(rows * len(union) + target)) != len(rows):
+                raise TooIrregularError("a row that reads one element twice")
+            wide[rows, target] = ia[rows, cols]
+            ia, ib = wide, np.broadcast_to(union.astype(np.int32), wide.shape)
+    starts = np.concatenate([[0], np.flatnonzero((np.diff(ib, axis=0) != 0).any(1)) + 1, [len(ib)]])
+    blocks, pieces, offset = [], [], 0
+    for first, stop in zip(starts[:-1], starts[1:], strict=True):
+        rows = int(stop - first)
+        padded = -(-rows // ROWS) * ROWS
+        block = np.full((padded, ib.shape[1]), -1, np.int32)
+        block[:rows] = ia[first:stop]
+        pieces.append(block.reshape(-1, ROWS, ib.shape[1]).transpose(0, 2, 1).reshape(-1))
+        blocks.append(_Block(int(first), rows, np.maximum(ib[first], 0).astype(np.int32), offset))
+        offset += block.size
+    return blocks, np.concatenate(pieces)
+
+
+def _number(value: float, double: bool) -> str:
+    if value != value:
+        return "NAN"
+    if value in (float("inf"), float("-inf")):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    return repr(value) if double else f"{float(np.float32(value))!r}f" if abs(value) < 3e38 else repr(value)
+
+
+def emit(program: Program, double: bool) -> CSource:
+    """The C source of a program."""
+    printer = _Printer(program, double)
+    body: list[str] = []
+    for part in printer.plan.parts:
+        match part:
+            case Loop():
+                body += printer.loop(part)
+            case ir.Contract():
+                body += printer.contract(part)
+            case ir.Reduce():
+                body += printer.reduce(part)
+    return _assemble(printer, body)
+
+
+def _assemble(p: _Printer, body: list[str]) -> CSource:
+    from seqparc.codegen import skeleton
+
+    width = 4 if p.scalar and len(p.plan.arrays) == 0 and p.program.n <= 2 else 2
+    arrays = [(f"a{number}", v.size + ROWS) for v, number in p.plan.arrays.items()]
+    following = [(f"n{i}", v.size) for i, v in enumerate(p.program.next)]
+    states = [(f"s{i}", v.size) for i, v in enumerate(p.program.state)]
+    sums = [(f"c{i}", s.value.size) for i, s in enumerate(p.program.sums)]
+    stack = sum(n for _, n in (*arrays, *following, *states, *sums)) * width * 64
+    if stack > STACK_LIMIT:
+        raise TooIrregularError(f"a tile needs {stack} bytes of stack")
+    text = skeleton.render(p, body, arrays, following, states, sums, width)
+    header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
+    return CSource(text.replace("@SIMD@", header), tuple(p.packed), p.scalar, width)

@@ -1,0 +1,84 @@
+"""A compiled C kernel as a `Kernel` of the driver: packs arguments, runs without the interpreter lock."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqparc.codegen.build import load
+from seqparc.codegen.c import CSource, emit
+from seqparc.ir import Program
+
+
+class CKernel:
+    """Runs a lane program over chunks of time on the CPU.
+
+    Raises `ToolchainError` if there is no compiler, `TooIrregularError` if the program does not fit the skeleton.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        self.program, self.dtype = program, dtype
+        self.compiled: CSource = emit(program, dtype is torch.float64)
+        library, self.path = load(self.compiled.text)
+        self._run = library.seqparc_run
+        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+        self.vector = int(library.seqparc_width())
+        self.tile = int(library.seqparc_tile())
+        self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
+        self._holes = [bool((i < 0).any()) for i in self._pack_index]
+
+    @property
+    def source(self) -> str:
+        return self.compiled.text
+
+    def lanes_wanted(self) -> int:
+        """Lanes (chunks × batch × lanes of the program) that fill the machine."""
+        return torch.get_num_threads() * self.vector * self.tile
+
+    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters as the kernel reads them; once per call."""
+        flat = [p.reshape(-1) for p in params]
+        packed = []
+        for about, index, holes in zip(self.compiled.packed, self._pack_index, self._holes, strict=True):
+            weight = flat[about.slot].index_select(0, index.clamp_min(0))
+            packed.append(weight.masked_fill_(index < 0, 0) if holes else weight)
+        return [*(p.contiguous() for p in flat), *packed]
+
+    def sweep(
+        self,
+        t0: np.ndarray,
+        length: np.ndarray,
+        start: Tensor,
+        streams: Sequence[Tensor],
+        params: Sequence[Tensor],
+        emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None],
+        backwards: bool = False,
+    ) -> Tensor:
+        """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
+        chunks, batch, row = start.shape
+        t0, length = np.ascontiguousarray(t0, np.int64), np.ascontiguousarray(length, np.int64)
+        start = start.contiguous()
+        end = torch.empty_like(start)
+        args: list[int] = [
+            chunks, batch, torch.get_num_threads(), t0.ctypes.data, length.ctypes.data, start.data_ptr(), end.data_ptr(), row,
+        ]  # fmt: skip
+        def time(x: Tensor) -> tuple[int, int, int]:
+            """Address and strides; backwards in time is the last step's address and a negative stride."""
+            if not backwards:
+                return x.data_ptr(), x.stride(0), x.stride(1)
+            return x.data_ptr() + (x.shape[1] - 1) * x.stride(1) * x.element_size(), x.stride(0), -x.stride(1)
+
+        for x in streams:
+            args += time(x)
+        args += [p.data_ptr() for p in params]
+        for y in emits:
+            args += (0, 0, 0) if y is None else time(y)
+        args += [0 if z is None else z.data_ptr() for z in sums]
+        packed = np.array(args, np.int64)
+        self._run(packed.ctypes.data)
+        return end

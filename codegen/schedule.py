@@ -1,0 +1,164 @@
+"""The order of work inside one step of a lane program, shared by the code generators.
+
+A step is a list of loops and products. A loop runs over i = 0 … m-1 and computes all its targets together, with everything
+elementwise pulled into it: a Map becomes an expression at element i, a Gather an address. Only what must exist as an array
+is stored: results and operands of contractions and folds, and costly values that a later part of the step needs again.
+A scalar program is one loop with m = 1, which prints as straight-line code.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqparc import ir
+from seqparc.ir import Program, Value
+from seqparc.ops import OPS
+
+Ints = NDArray[np.int32]
+Role = Literal["array", "next", "emit", "sum"]
+
+#: Pieces a stored gather may fall into before the generated code would be worse than the fallback.
+MOST_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Target:
+    """Elements `position` of `value` go to elements `at` (contiguous) of array / state / emit / sum number `number`."""
+
+    role: Role
+    number: int
+    at: int
+    value: Value
+    position: tuple[int, ...]
+
+
+@dataclass
+class Loop:
+    size: int
+    targets: list[Target] = field(default_factory=list)
+
+
+@dataclass
+class Schedule:
+    """The parts of a step in order; `arrays` numbers the values that are stored."""
+
+    parts: list[Loop | ir.Contract | ir.Reduce]
+    arrays: dict[Value, int]
+
+
+class TooIrregularError(Exception):
+    """A gather so scattered that straight loops do not express it."""
+
+
+def schedule(program: Program) -> Schedule:
+    outputs = program.outputs
+    order = ir.topological(outputs)
+    phase = _phases(order)
+    stored = _stored(order, phase, outputs)
+    arrays = {v: i for i, v in enumerate(v for v in order if v in stored)}
+    by_phase: dict[int, list[Target]] = defaultdict(list)
+
+    def target(role: Role, number: int, value: Value) -> None:
+        for at, source, position in _pieces(value, stored if role != "array" else stored - {value}):
+            by_phase[phase[value]].append(Target(role, number, at, source, tuple(position.tolist())))
+
+    for v in arrays:
+        if not isinstance(v, (ir.Contract, ir.Reduce)):
+            target("array", arrays[v], v)
+    for i, v in enumerate(program.next):
+        target("next", i, v)
+    for i, s in enumerate(program.emits):
+        target("emit", i, s.value)
+    for i, s in enumerate(program.sums):
+        target("sum", i, s.value)
+
+    parts: list[Loop | ir.Contract | ir.Reduce] = []
+    for p in range(max(phase.values(), default=0) + 1):
+        parts += [v for v in order if isinstance(v, (ir.Contract, ir.Reduce)) and phase[v] == p]
+        parts += _loops(by_phase[p], arrays)
+    return Schedule(parts, arrays)
+
+
+def _phases(order: list[Value]) -> dict[Value, int]:
+    phase: dict[Value, int] = {}
+    for v in order:
+        below = max((phase[a] for a in v.args), default=0)
+        phase[v] = below + 1 if isinstance(v, (ir.Contract, ir.Reduce)) else below
+    return phase
+
+
+def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, ...]) -> set[Value]:
+    stored: set[Value] = set()
+    for v in order:
+        if isinstance(v, ir.Contract):
+            stored |= {a for a in v.args if not _addressable(a)}
+        if isinstance(v, ir.Reduce) and not _addressable(v.x):
+            stored.add(v.x)
+        if isinstance(v, (ir.Contract, ir.Reduce)):
+            stored.add(v)
+    cost: dict[Value, int] = {}
+    for v in order:
+        inner = 0 if v in stored else sum(cost[a] for a in v.args)
+        cost[v] = (OPS[v.op].cost + inner) if isinstance(v, ir.Map) else (0 if v in stored else inner)
+    uses: dict[Value, set[int]] = defaultdict(set)
+    for v in order:
+        for a in v.args:
+            uses[a].add(phase[v])
+    for v in outputs:
+        uses[v].add(phase[v])
+    stored |= {v for v in order if isinstance(v, ir.Map) and cost[v] >= 8 and max(uses[v]) > phase[v]}
+    return stored
+
+
+def _addressable(value: Value) -> bool:
+    return isinstance(value, ir.Leaf) and value.kind in ("state", "param")
+
+
+def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:
+    """A target as runs (first element, source, the source's elements) that each read one source."""
+    if not isinstance(value, ir.Gather) or value in stored:
+        return [(0, value, np.arange(value.size, dtype=np.int32))]
+    which = value.which.array
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(which)) + 1])
+    if len(starts) > MOST_PIECES:
+        raise TooIrregularError(f"a gather of {value.size} elements in {len(starts)} pieces")
+    pieces = []
+    for start, stop in zip(starts, [*starts[1:], value.size], strict=True):
+        j = int(which[start])
+        source = ir.const(0.0) if j < 0 else value.sources[j]
+        position = np.zeros(stop - start, np.int32) if j < 0 else value.index.array[start:stop]
+        pieces.append((int(start), source, position))
+    return pieces
+
+
+def _loops(targets: list[Target], arrays: dict[Value, int]) -> list[Loop]:
+    """Targets of equal size share a loop; a loop that reads what another of the same phase stores comes after it."""
+    loops: dict[tuple[int, int], Loop] = {}
+    for t in targets:
+        depth = _depth(t, targets, arrays)
+        loops.setdefault((depth, len(t.position)), Loop(len(t.position))).targets.append(t)
+    return [loops[key] for key in sorted(loops, key=lambda k: k[0])]
+
+
+def _depth(t: Target, targets: list[Target], arrays: dict[Value, int]) -> int:
+    made = {x.number for x in targets if x.role == "array"}
+    best = 0
+    skip = {v for v in arrays if t.role == "array" and arrays[v] == t.number}
+    stack = [(t.value, 0)]
+    seen: set[tuple[Value, int]] = set()
+    while stack:
+        v, d = stack.pop()
+        if (v, d) in seen:
+            continue
+        seen.add((v, d))
+        if v in arrays and v not in skip and arrays[v] in made:
+            d += 1
+        best = max(best, d)
+        if not isinstance(v, (ir.Contract, ir.Reduce)):
+            stack.extend((a, d) for a in v.args)
+    return best

@@ -1,0 +1,88 @@
+"""seqparc: any recurrent cell written in plain PyTorch, run in parallel over time, with the answers of the plain loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from seqparc.compiler import check, compile_plan
+from seqparc.errors import (
+    ConvergenceError,
+    InternalError,
+    SeqparcError,
+    SeqparcWarning,
+    ShapeError,
+    SignatureError,
+    StateError,
+    ToolchainError,
+    TraceError,
+    UnsupportedOpError,
+)
+from seqparc.options import Options
+from seqparc.plan import Stats
+from seqparc.runtime.module import CompiledRNN
+
+__version__ = "0.1.0.dev0"
+
+
+def _tools() -> dict[str, Any]:
+    """The stages a compiled module calls; kept apart so that the runtime does not import them."""
+    from seqparc.passes.strategy import choose
+
+    return {"compile_plan": compile_plan, "check": check, "backends": _backends, "choose": choose}
+
+
+def _backends(asked: str, device: torch.device) -> list[tuple[str, Any]]:
+    """Backends to try, in order."""
+    from seqparc.codegen.launch import CKernel
+    from seqparc.runtime.interpreter import TorchKernel
+
+    if asked == "triton":
+        raise SeqparcError("the triton backend is not there yet; choose backend='torch' on a GPU")
+    if asked == "c" and device.type != "cpu":
+        raise ShapeError(f"backend='c' runs on the CPU, x is on {device}")
+    c = [] if asked == "torch" or device.type != "cpu" else [("c", lambda program, dtype, where: CKernel(program, dtype))]
+    return [*c, ("torch", TorchKernel)]
+
+
+def compile(
+    cell: Any, *, state: Any = None, signature: str | None = None, backend: str = "auto", options: Any = None, name: str | None = None
+) -> Any:
+    """Compile a recurrent cell: `rnn = seqparc.compile(cell)`, then `y, last = rnn(x)` with x [batch, time, ...].
+
+    cell       an nn.Module or a function of one step: cell(x_t, state) or cell(state, x_t), returning the new state or
+               (out, new state). On an nn.Module *class*, as a decorator: its instances are then compiled.
+    state      the initial state: an example for one sample, or a callable batch -> state; found out if left away
+    signature  how the cell is called, like "x, state -> out, state"; found out if left away
+    backend    "c", "torch", or "auto" by device
+    options    a seqparc.Options or a dict of its fields
+    name       for messages
+
+    The cell and its parameters stay the user's. Tracing happens at the first call for a set of shapes and dtypes; the batch
+    size and the number of steps are never part of that. Raises SignatureError, StateError or TraceError where the cell
+    cannot be understood; a cell with an operation seqparc does not know runs as the plain loop, with a warning.
+    """
+    chosen = Options.of(options)
+    if backend != "auto":
+        from dataclasses import replace
+
+        chosen = replace(chosen, backend=backend)  # type: ignore[arg-type]
+    if isinstance(cell, type) and issubclass(cell, nn.Module):
+        made = cell
+
+        def construct(*args: Any, **kwargs: Any) -> CompiledRNN:
+            return compile(made(*args, **kwargs), state=state, signature=signature, options=chosen, name=name or made.__name__)  # type: ignore[no-any-return]
+
+        construct.__name__, construct.__doc__ = made.__name__, made.__doc__
+        return construct
+    if not callable(cell):
+        raise SignatureError(f"a cell is an nn.Module or a function of one step, not {type(cell).__name__}")
+    return CompiledRNN(cell, state=state, signature=signature, options=chosen, name=name, tools=_tools())
+
+
+__all__ = [
+    "CompiledRNN", "ConvergenceError", "InternalError", "Options", "SeqparcError", "SeqparcWarning", "ShapeError", "SignatureError",
+    "StateError", "Stats", "ToolchainError", "TraceError", "UnsupportedOpError", "compile",
+]  # fmt: skip

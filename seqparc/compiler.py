@@ -1,0 +1,166 @@
+"""The compiler, top to bottom: from a user's cell to a plan."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from seqparc import structural as structural  # registers its handlers
+from seqparc.errors import InternalError, TraceError, UnsupportedOpError
+from seqparc.graphs import Graph, Key, carve, unify
+from seqparc.lower import Lowered, Lowering
+from seqparc.options import environment
+from seqparc.plan import Plan, StateShape
+from seqparc.record import Trace, record
+from seqparc.runtime.interpreter import TorchKernel
+from seqparc.signature import Convention
+
+#: Two batch sizes at which every cell is recorded; what differs between the recordings must be the batch axis.
+BATCH_SIZES = (3, 5)
+
+
+def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> Plan:
+    """Compile a cell for the shapes and dtypes of one step's inputs x [batch, ...] and states [batch, ...]."""
+    from seqparc.passes import dependency, derivative, lanes
+
+    begin = time.perf_counter()
+    traces = [trace(cell, convention, x, state, b) for b in BATCH_SIZES]  # two recordings: fx graphs of ATen operations
+    counts = (len(x), len(state), convention.out.count if convention.out is not None else 0)
+    graph = unify(*traces, BATCH_SIZES, counts)  # -> Graph, for any batch size
+    lowered = lower(graph)  # -> Lowered: the core as a Program with one lane
+    structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
+    program = lanes.split_lanes(lowered.program, structure)  # -> Program of one lane
+    scalar = lanes.scalarise(program)  # -> Program over single numbers, or None
+    chosen = scalar or program
+    if environment("SEQPARC_VERIFY") == "1":
+        from seqparc.verify import verify
+
+        for p in (lowered.program, program, chosen):
+            verify(p)
+
+    def narrow(p: Any) -> Any:
+        return lanes.scalarise(p, limit=None) or p if scalar else p
+
+    @functools.cache
+    def adjoint() -> derivative.Adjoint:
+        from dataclasses import replace
+
+        found = derivative.adjoint(program)
+        return replace(found, program=narrow(found.program))
+
+    @functools.cache
+    def jacobian() -> derivative.Jacobian:
+        from dataclasses import replace
+
+        found = derivative.jacobian(program)
+        return replace(found, program=narrow(found.program))
+
+    @functools.cache
+    def adjoint_jacobian() -> derivative.Jacobian:
+        from dataclasses import replace
+
+        found = derivative.jacobian(derivative.adjoint(program).program)
+        return replace(found, program=narrow(found.program))
+
+    plan = Plan(
+        states=tuple(StateShape(tuple(s.shape[1:]), s.dtype) for s in state),
+        dtype=lowered.dtype,
+        prelude=carve(lowered.streams, {}),
+        weights=carve(lowered.params, {}),
+        readout=readout(graph, lowered),
+        direct=tuple(graph.x.index(n) if n in graph.x else None for n in lowered.streams),
+        core=lowered.program,
+        program=chosen,
+        scalar=scalar is not None,
+        structure=structure,
+        attributes=graph.attributes,
+        frozen=lowered.frozen,
+        adjoint=adjoint,
+        jacobian=jacobian,
+        adjoint_jacobian=adjoint_jacobian,
+    )
+    plan.compile_seconds = time.perf_counter() - begin
+    return plan
+
+
+def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], batch: int) -> Trace:
+    """Record one step at a batch size, on samples of the given inputs."""
+    names: dict[int, str] = {}
+    if isinstance(cell, nn.Module):
+        names = {id(t): n for n, t in (*cell.named_parameters(), *cell.named_buffers())}
+    size = state[0].shape[0]
+    rows = torch.arange(batch, device=state[0].device) % size
+    # Each input a tensor of its own, so that a write to one is seen as just that.
+    inputs = [t.detach().index_select(0, rows).clone() for t in (*x, *state)]
+
+    def step(*leaves: Tensor) -> list[Tensor]:
+        out, following = convention.call(cell, list(leaves[: len(x)]), list(leaves[len(x) :]))
+        return [*(out or []), *following]
+
+    with torch.no_grad():
+        made = record(step, inputs, names)
+    if made.random:
+        raise UnsupportedOpError(f"{made.random[0]}: the cell draws random numbers, which seqparc cannot follow yet")
+    return made
+
+
+def lower(graph: Graph) -> Lowered:
+    """The core in the IR; lowered at both batch sizes, which must agree."""
+    first, second = Lowering(graph, 0).run(), Lowering(graph, 1).run()
+    if first.program != second.program:
+        raise TraceError(
+            f"the cell computes something else at batch size {graph.batch_sizes[0]} than at {graph.batch_sizes[1]}: the batch size is "
+            "baked into it"
+        )
+    return first
+
+
+def readout(graph: Graph, lowered: Lowered) -> Any:
+    """The part that makes outputs from states, run once over all steps; None if the output is the state."""
+    if not graph.out:
+        return None
+    stops: dict[fx.Node, Key] = {n: ("stream", i) for i, n in enumerate(lowered.streams)}
+    stops |= {n: ("param", i) for i, n in enumerate(lowered.params)}
+    stops |= {n: ("next", i) for i, n in enumerate(graph.next) if n.meta["kind"] == "state"}
+    return carve(graph.out, {n: key for n, key in stops.items() if n.op != "placeholder"})
+
+
+def check(plan: Plan, convention: Convention, cell: Any, x: Sequence[Tensor], state: Sequence[Tensor], run: Any) -> None:
+    """Compare two steps of the plan with two steps of the cell itself, on numbers of no particular kind.
+
+    The last line of defence: whatever the passes proved, the compiled step must give what the cell gives.
+    `run(plan, x leaves [B, T, ...], state leaves, kernel maker)` -> (out leaves or states [B, T, ...]).
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch, steps = 4, 2
+
+    def sample(t: Tensor, *lead: int) -> Tensor:
+        rows = t.detach().cpu().index_select(0, torch.arange(batch * (lead[0] if lead else 1)) % t.shape[0])
+        if rows.dtype.is_floating_point:
+            rows = rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.dtype)
+        return (rows.reshape(batch, *lead, *rows.shape[1:]) if lead else rows).to(t.device)
+
+    xs, ss = [sample(t, steps) for t in x], [sample(t) for t in state]
+    with torch.no_grad():
+        got = run(plan, xs, ss, TorchKernel)
+        now, rows = ss, []
+        for t in range(steps):
+            out, now = convention.call(cell, [v[:, t] for v in xs], now)
+            rows.append(out if out is not None else now)
+        for i, mine in enumerate(got):
+            theirs = torch.stack([r[i] for r in rows], 1)
+            unit = 1e-9 if theirs.dtype is torch.float64 else 2e-4 if theirs.dtype is torch.float32 else 5e-2
+            scale = float(theirs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if theirs.numel() else 0.0
+            if not torch.allclose(mine.to(theirs.dtype), theirs, rtol=unit, atol=unit * (1 + scale), equal_nan=True):
+                worst = float((mine.to(theirs.dtype) - theirs).abs().max())
+                raise InternalError(
+                    f"the compiled step differs from the cell by {worst:.3g} on a trial input. If the cell lets one sample of a batch "
+                    "influence another (a batch statistic), that is why; otherwise please report it."
+                )
+
+

@@ -1,0 +1,173 @@
+"""Two recordings of a cell, at two batch sizes, become one graph for any batch size.
+
+Integers that differ between the recordings must be linear in the batch size; they become arithmetic on a `batch` input.
+Anything else that differs means the cell has the batch size (or the values) baked in, which is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from seqparc.errors import TraceError
+from seqparc.record import Trace
+
+Key = tuple[Any, ...]  # ("x", i) ("state", j) ("attr", name) ("stream", i) ("param", i) ("next", j) ("batch",)
+NodeKind = Literal["const", "param", "x", "state"]
+
+
+@dataclass
+class Graph:
+    """A recorded cell for any batch size.
+
+    Nodes carry in `meta`: "val" (an example at the first batch size), "src" (the user's line), "kind" (what they depend
+    on: "const", "param", "x" or "state"), "static" ((args, kwargs) of either recording, with plain integers) and "key".
+    """
+
+    graph: fx.Graph
+    x: list[fx.Node]
+    state: list[fx.Node]
+    out: list[fx.Node]
+    next: list[fx.Node]
+    attributes: dict[str, torch.Tensor]
+    batch: fx.Node
+    batch_sizes: tuple[int, int]
+
+
+def _linear(batch: int, per_sample: int, constant: int) -> int:
+    return batch * per_sample + constant
+
+
+def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int, int, int]) -> Graph:
+    """One graph out of recordings at two batch sizes; `counts`: x leaves, state leaves, out leaves."""
+    n_x, n_state, n_out = counts
+    nodes_a, nodes_b = list(first.graph.nodes), list(second.graph.nodes)
+    if [str(n.target) for n in nodes_a] != [str(n.target) for n in nodes_b]:
+        raise TraceError(
+            f"the cell does different things at batch size {sizes[0]} and {sizes[1]}. It must not branch on the batch size."
+        )
+    graph = fx.Graph()
+    batch = graph.placeholder("batch")
+    batch.meta.update(kind="const", key=("batch",))
+    made: dict[fx.Node, fx.Node] = {}
+
+    def merge(a: Any, b: Any, node: fx.Node) -> Any:
+        if isinstance(a, fx.Node):
+            return made[a]
+        if isinstance(a, (list, tuple)):
+            if len(a) != len(b):
+                raise _baked(node, a, b, sizes)
+            return type(a)(merge(p, q, node) for p, q in zip(a, b, strict=True))
+        if isinstance(a, dict):
+            return {k: merge(a[k], b[k], node) for k in a}
+        if a is b or a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
+            return a
+        if type(a) is int and type(b) is int:
+            slope, rest = divmod(b - a, sizes[1] - sizes[0])
+            if rest == 0:
+                symbol = graph.call_function(_linear, (batch, slope, a - slope * sizes[0]))
+                symbol.meta["kind"] = "const"
+                return symbol
+        raise _baked(node, a, b, sizes)
+
+    for node_a, node_b in zip(nodes_a, nodes_b, strict=True):
+        if node_a.op == "output":
+            continue
+        if node_a.op == "call_function":
+            args, kwargs = merge(node_a.args, node_b.args, node_a), merge(node_a.kwargs, node_b.kwargs, node_a)
+            node = graph.call_function(node_a.target, args, kwargs)
+        elif node_a.op == "get_attr":
+            node = graph.placeholder(node_a.name)
+            name = node_a.meta["attribute"]
+            node.meta.update(key=("attr", name), kind="param")
+            if first.attributes[name] is not second.attributes[name] and not torch.equal(
+                first.attributes[name], second.attributes[name]
+            ):
+                raise TraceError(f"the cell makes a new constant tensor of other values on every call ({name}); pass it as an input")
+        else:
+            node = graph.placeholder(node_a.name)
+        node.meta.update({k: v for k, v in node_a.meta.items() if k in ("val", "src")})
+        made[node_a] = node
+        statics = []
+        for source, to in ((node_a, lambda n: made[n]), (node_b, lambda n, m=dict(zip(nodes_b, nodes_a, strict=True)): made[m[n]])):
+            statics.append((fx.map_arg(source.args, to), fx.map_arg(source.kwargs, to)))
+        node.meta["static"] = tuple(statics)
+    inputs = [made[n] for n in first.inputs]
+    outputs = [made[n] for n in first.outputs]
+    for role, nodes in (("x", inputs[:n_x]), ("state", inputs[n_x:])):
+        for i, node in enumerate(nodes):
+            node.meta.update(key=(role, i), kind=role)
+    _classify(graph)
+    del n_state
+    return Graph(graph, inputs[:n_x], inputs[n_x:], outputs[:n_out], outputs[n_out:], first.attributes, batch, sizes)
+
+
+def _baked(node: fx.Node, a: Any, b: Any, sizes: tuple[int, int]) -> TraceError:
+    where = node.meta.get("src") or "the cell"
+    return TraceError(
+        f"{where}: {node.target} was given {a!r} at batch size {sizes[0]} and {b!r} at batch size {sizes[1]}: the batch size is baked "
+        "into the cell. Write the operation so that each sample is computed from itself alone."
+    )
+
+
+_RANK = {"const": 0, "param": 1, "x": 2, "state": 3}
+
+
+def _classify(graph: fx.Graph) -> None:
+    """What each node depends on, the strongest dependence first: state, x, parameters, nothing."""
+    for node in graph.nodes:
+        if "kind" not in node.meta:
+            node.meta["kind"] = max((n.meta["kind"] for n in node.all_input_nodes), key=_RANK.__getitem__, default="const")
+
+
+@dataclass
+class Piece:
+    """A part of the graph that torch runs: `run(*values)` with one value per entry of `inputs`."""
+
+    inputs: list[Key]
+    run: Callable[..., Sequence[torch.Tensor]]
+    code: str
+    operations: list[fx.Node]
+
+
+def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
+    """The part of a graph that computes `outputs` from the nodes in `stops` and from placeholders."""
+    graph = fx.Graph()
+    inputs: list[Key] = []
+    made: dict[fx.Node, fx.Node] = {}
+    operations: list[fx.Node] = []
+    for node in _order(outputs, stops):
+        if node in stops or node.op == "placeholder":
+            key = stops.get(node) or node.meta["key"]
+            inputs.append(key)
+            made[node] = graph.placeholder("_".join(map(str, key)).replace(".", "_"))
+        else:
+            made[node] = graph.node_copy(node, lambda n: made[n])
+            operations.append(node)
+    # Placeholders come first in fx; a node met later may need moving there.
+    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+    if first is not None:
+        for node in list(graph.nodes):
+            if node.op == "placeholder":
+                first.prepend(node)
+    graph.output(tuple(made[n] for n in outputs))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return Piece(inputs, module.forward, module.code, [n for n in operations if "val" in n.meta])
+
+
+def _order(outputs: Iterable[fx.Node], stops: dict[fx.Node, Key]) -> list[fx.Node]:
+    needed: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node not in stops:
+                stack.extend(node.all_input_nodes)
+    graph = next(iter(needed)).graph if needed else fx.Graph()
+    return [n for n in graph.nodes if n in needed]

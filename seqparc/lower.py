@@ -1,0 +1,433 @@
+"""From the recorded graph to the IR: every operation on a state → state path, element by element.
+
+The recording was made at a small batch size, and every tensor of it is laid out explicitly: for each of its elements,
+which sample it belongs to and which element of the IR value it is. Views are lowered by applying them to such a layout,
+so any view, split, cat, slice or in-place write is right by construction; and a value whose samples do not all read the
+same elements of their own sample mixes the batch, which is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from seqparc import ir
+from seqparc.errors import TraceError, UnsupportedOpError
+from seqparc.graphs import Graph
+from seqparc.ir import Value
+from seqparc.ops import ATEN, SPLITS, VIEWS
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A lowered tensor: `elem[p]` is the element of `value` at position p, `batch[p]` its sample (None: all samples)."""
+
+    value: Value
+    elem: Ints
+    batch: Ints | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.elem.shape)
+
+
+@dataclass
+class Lowered:
+    program: ir.Program
+    streams: list[fx.Node]
+    params: list[fx.Node]
+    #: Elements of a parameter slot that are zero by the value of a constant.
+    known_zero: dict[int, NDArray[np.bool_]]
+    #: Tensors whose values were used (masks, indices): a change means lowering anew.
+    frozen: dict[str, torch.Tensor]
+    dtype: torch.dtype
+    mixed_state: list[str] = field(default_factory=list)
+
+
+class Lowering:
+    """Lowers the core of a graph at one of its two batch sizes."""
+
+    def __init__(self, graph: Graph, which: int = 0) -> None:
+        self.graph, self.which = graph, which
+        self.batch_size = graph.batch_sizes[which]
+        self.done: dict[fx.Node, Any] = {}
+        self.streams: list[fx.Node] = []
+        self.params: list[fx.Node] = []
+        self.known_zero: dict[int, NDArray[np.bool_]] = {}
+        self.frozen: dict[str, torch.Tensor] = {}
+        self.node: fx.Node | None = None
+        self.dtypes: set[torch.dtype] = set()
+
+    # -- the whole ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Lowered:
+        for node in self.graph.graph.nodes:  # in order, so that recursion stays shallow
+            if node.meta["kind"] == "state" and node.op != "output" and "val" in node.meta and self._in_core(node):
+                self.lower(node)
+        state, following, sizes = [], [], []
+        for slot, (before, after) in enumerate(zip(self.graph.state, self.graph.next, strict=True)):
+            size = before.meta["val"].numel() // self.graph.batch_sizes[0]
+            state.append(ir.leaf("state", slot, np.arange(size)[None]))
+            following.append(self._as_vector(self.lower(after), tuple(before.meta["val"].shape)))
+            sizes.append(size)
+        program = ir.Program(
+            name="cell",
+            lanes=1,
+            state=tuple(state),
+            next=tuple(following),
+            emits=tuple(ir.Store(i, v.index, f) for i, (v, f) in enumerate(zip(state, following, strict=True))),
+            state_sizes=tuple(sizes),
+            stream_sizes=tuple(n.meta["val"].numel() // n.meta["val"].shape[0] for n in self.streams),
+            param_sizes=tuple(n.meta["val"].numel() for n in self.params),
+            emit_sizes=tuple(sizes),
+        )
+        return Lowered(program, self.streams, self.params, self.known_zero, self.frozen, self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        """The arithmetic: the widest floating type in the core, float32 at least."""
+        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+
+    def _in_core(self, node: fx.Node) -> bool:
+        if not hasattr(self, "_core"):
+            needed: set[fx.Node] = set()
+            stack = list(self.graph.next)
+            while stack:
+                n = stack.pop()
+                if n not in needed:
+                    needed.add(n)
+                    stack.extend(n.all_input_nodes)
+            self._core = needed
+        return node in self._core
+
+    def _as_vector(self, t: Laid, shape: tuple[int, ...]) -> Value:
+        """The elements of one sample in row-major order; a value without a batch axis is the same in all samples."""
+        if t.batch is None:
+            flat = np.broadcast_to(t.elem, (self.batch_size, *shape[1:])).reshape(self.batch_size, -1)
+            return ir.take(t.value, flat[0])
+        _, rows = self._rows(t.batch)
+        return ir.take(t.value, t.elem.reshape(-1)[rows[0]])
+
+    # -- layouts -----------------------------------------------------------------------------------------------------
+
+    def _rows(self, batch: Ints | None) -> tuple[Ints | None, Ints]:
+        """`elem` of a new value laid out like `batch`, and the flat positions of each sample's elements, [samples, size]."""
+        if batch is None:
+            raise AssertionError("only for values with a batch axis")
+        flat = batch.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        if np.any(np.bincount(flat, minlength=self.batch_size) * self.batch_size != flat.size):
+            raise self._mixes()
+        rows = order.reshape(self.batch_size, -1)
+        elem = np.empty(flat.size, np.int64)
+        elem[rows] = np.arange(rows.shape[1])
+        return elem.reshape(batch.shape), rows
+
+    def _mixes(self) -> TraceError:
+        where = self.node.meta.get("src") if self.node else None
+        what = f" ({self.node.target})" if self.node else ""
+        return TraceError(
+            f"{where or 'the cell'}{what}: one sample of the batch reads another. Cells must treat each sample by itself; a statistic "
+            "over the batch belongs outside the cell."
+        )
+
+    def _join(self, shape: tuple[int, ...], tensors: Sequence[Laid]) -> tuple[Ints | None, list[Ints]]:
+        """Broadcast to a shape: the common batch layout, and each operand's elements in the order of the new value."""
+        batch: Ints | None = None
+        for t in tensors:
+            if t.batch is not None:
+                b = np.broadcast_to(t.batch, shape)
+                if batch is not None and not np.array_equal(batch, b):
+                    raise self._mixes()
+                batch = b
+        elems = [np.broadcast_to(t.elem, shape).reshape(-1) for t in tensors]
+        if batch is None:
+            return None, elems
+        _, rows = self._rows(batch)
+        picked = []
+        for e in elems:
+            per_sample = e[rows]
+            if not (per_sample == per_sample[:1]).all():
+                raise self._mixes()
+            picked.append(per_sample[0])
+        return batch, picked
+
+    def _new(self, value: Value, shape: tuple[int, ...], batch: Ints | None) -> Laid:
+        if batch is None:
+            return Laid(value, np.arange(value.size).reshape(shape), None)
+        elem, _ = self._rows(batch)
+        assert elem is not None
+        return Laid(value, elem, batch)
+
+    # -- building blocks of operations -------------------------------------------------------------------------------
+
+    def map(self, op: str, *operands: Laid | float) -> Laid:
+        tensors = [t for t in operands if isinstance(t, Laid)]
+        shape = np.broadcast_shapes(*(t.shape for t in tensors))
+        batch, elems = self._join(shape, tensors)
+        size = elems[0].size
+        picked = iter(elems)
+        values = [ir.take(t.value, next(picked)) if isinstance(t, Laid) else ir.const(float(t), size) for t in operands]
+        return self._new(ir.map_(op, *values, src=self._src()), shape, batch)
+
+    def fold(self, kind: ir.Fold, t: Laid, dims: Sequence[int] | None, keepdim: bool) -> Laid:
+        ndim = len(t.shape)
+        axes = tuple(range(ndim)) if not dims else tuple(sorted(d % ndim for d in dims))
+        kept = tuple(d for d in range(ndim) if d not in axes)
+        elem = t.elem.transpose(*kept, *axes).reshape(*(t.shape[d] for d in kept), -1)
+        shape = tuple(1 if d in axes else n for d, n in enumerate(t.shape)) if keepdim else tuple(t.shape[d] for d in kept)
+        batch = None
+        if t.batch is not None:
+            b = t.batch.transpose(*kept, *axes).reshape(elem.shape)
+            if not (b == b[..., :1]).all():
+                raise self._mixes()
+            batch = b[..., 0].reshape(shape)
+        flat = elem.reshape(-1, elem.shape[-1])
+        return self._new(ir.reduce_(kind, t.value, self._per_sample(flat, batch), self._src()), shape, batch)
+
+    def _per_sample(self, flat: Ints, batch: Ints | None) -> Ints:
+        """Rows of per-element indices of one sample, having checked that all samples have the same."""
+        if batch is None:
+            return flat
+        _, rows = self._rows(batch)
+        per = flat[rows]
+        if not (per == per[:1]).all():
+            raise self._mixes()
+        return per[0]
+
+    def product(self, a: Laid, b: Laid) -> Laid:
+        """Batched matrix product [.., M, K] @ [.., K, N], leading axes equal."""
+        *lead, m, k = a.shape
+        n = b.shape[-1]
+        shape = (*lead, m, n)
+        full = (*lead, m, n, k)
+
+        def spread(x: Ints, left: bool) -> Ints:
+            return np.broadcast_to(x[..., :, None, :] if left else np.swapaxes(x, -1, -2)[..., None, :, :], full)
+
+        batch = None
+        for t, left in ((a, True), (b, False)):
+            if t.batch is not None:
+                s = spread(t.batch, left)
+                if not (s == s[..., :1]).all() or (batch is not None and not np.array_equal(batch, s[..., 0])):
+                    raise self._mixes()
+                batch = s[..., 0]
+        ia = self._per_sample(spread(a.elem, True).reshape(-1, k), batch)
+        ib = self._per_sample(spread(b.elem, False).reshape(-1, k), batch)
+        return self._new(self._contract(a.value, b.value, ia, ib), shape, batch)
+
+    def _contract(self, a: Value, b: Value, ia: Ints, ib: Ints) -> Value:
+        """A contraction with its parameter operand first; products with a weight known to be zero are left out."""
+        if _is_param(b) and not _is_param(a):
+            a, b, ia, ib = b, a, ib, ia
+        if isinstance(a, ir.Leaf) and a.kind == "param" and a.slot in self.known_zero:
+            dead = self.known_zero[a.slot][a.index.array[0][ia]]
+            alive = np.argsort(dead, axis=1, kind="stable")  # live terms first, in order
+            width = max(1, int((~dead).sum(1).max()))
+            ia = np.where(np.take_along_axis(dead, alive, 1), -1, np.take_along_axis(ia, alive, 1))[:, :width]
+            ib = np.where(ia < 0, -1, np.take_along_axis(ib, alive, 1)[:, :width])
+        return ir.contract(a, b, ia, ib, self._src())
+
+    def move(self, node: fx.Node, sources: Sequence[Laid], apply: Callable[[list[torch.Tensor]], Any]) -> list[Laid]:
+        """Any operation that only moves elements (and puts zeros), by applying it to numbered elements."""
+        coded, start, values = [], 1, []
+        starts = []
+        for t in sources:
+            size = t.value.size
+            codes = t.elem if t.batch is None else t.batch * size + t.elem
+            coded.append(torch.from_numpy(np.ascontiguousarray(codes + start)))
+            starts.append(start)
+            values.append(t.value)
+            start += size * (1 if t.batch is None else self.batch_size)
+        result = apply(coded)
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        return [self._decode(p.numpy(), sources, starts, values) for p in parts]
+
+    def _decode(self, codes: Ints, sources: Sequence[Laid], starts: list[int], values: list[Value]) -> Laid:
+        which = np.searchsorted(np.array(starts), codes, side="right") - 1  # -1: a zero
+        local = codes - np.array([*starts, 0])[which]
+        sizes = np.array([*(v.size for v in values), 1])
+        elem = np.where(which < 0, -1, local % sizes[which])
+        batched = np.array([*(t.batch is not None for t in sources), False])[which]
+        batch: Ints | None = None
+        if any(t.batch is not None for t in sources):
+            batch = np.where(batched, local // sizes[which], -1)
+            if (batch < 0).any():
+                batch = self._complete(batch)
+        if batch is None:
+            return self._new(ir.gather(values, which.reshape(-1), elem.reshape(-1)), codes.shape, None)
+        if len(values) == 1 and (which == 0).all():
+            return Laid(values[0], elem, batch)  # a view: the same value, laid out otherwise
+        _, rows = self._rows(batch)
+        w, e = which.reshape(-1)[rows], elem.reshape(-1)[rows]
+        if not ((w == w[:1]).all() and (e == e[:1]).all()):
+            raise self._mixes()
+        return self._new(ir.gather(values, w[0], e[0]), codes.shape, batch)
+
+    def _complete(self, batch: Ints) -> Ints:
+        """Elements that belong to every sample (zeros, parameters) take the sample of the axis they lie on."""
+        for axis in range(batch.ndim):
+            if batch.shape[axis] == self.batch_size:
+                shape = [1] * batch.ndim
+                shape[axis] = -1
+                along = np.broadcast_to(np.arange(self.batch_size).reshape(shape), batch.shape)
+                if (along[batch >= 0] == batch[batch >= 0]).all():
+                    return along
+        raise self._mixes()
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    def _src(self) -> ir.Source | None:
+        return self.node.meta.get("src") if self.node else None
+
+    def lower(self, node: Any) -> Any:
+        """A node's lowered tensor (or list of tensors, or a plain argument as it is)."""
+        if isinstance(node, (list, tuple)):
+            return [self.lower(n) for n in node]
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self.done:
+            outer, self.node = self.node, node
+            self.done[node] = self._lower(node)
+            self.node = outer
+        return self.done[node]
+
+    def _lower(self, node: fx.Node) -> Any:
+        kind, target = node.meta["kind"], str(node.target)
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point:
+            if kind == "state":
+                self.dtypes.add(val.dtype)
+        elif isinstance(val, torch.Tensor) and val.dtype.is_complex:
+            raise UnsupportedOpError(f"{node.meta.get('src') or 'the cell'}: complex numbers in the core ({target})")
+        if node in self.graph.state:
+            size = val.numel() // val.shape[0]
+            return self._input(ir.leaf("state", self.graph.state.index(node), np.arange(size)[None]), val)
+        if kind == "const" and node.op != "placeholder":
+            return self._constant(node)
+        is_view = target in VIEWS or target in SPLITS or node.target.__name__ in ("_getitem", "_copied") if callable(node.target) else False
+        if kind in ("param", "x") and not is_view:
+            return self._frontier(node, kind, val)
+        handler = STRUCTURAL.get(target)
+        args, kwargs = node.meta["static"][self.which]
+        if handler is not None:
+            return handler(self, node, *args, **kwargs)
+        if is_view:
+            return self._view(node, args, kwargs)
+        row = ATEN.get(target)
+        if row is not None:
+            return self.map(row.name, *self._operands(args[: row.arity]))
+        raise UnsupportedOpError(
+            f"{node.meta.get('src') or 'the cell'}: the operation {target} lies on a path from the state to the next state and has no "
+            "row in seqparc's operation table"
+        )
+
+    def _operands(self, args: Sequence[Any]) -> list[Any]:
+        return [self.lower(a) for a in args]
+
+    def _input(self, leaf: ir.Leaf, val: torch.Tensor) -> Laid:
+        shape = (self.batch_size, *val.shape[1:])
+        elem = np.broadcast_to(np.arange(leaf.size).reshape(shape[1:]), shape)
+        batch = np.broadcast_to(np.arange(self.batch_size).reshape(-1, *[1] * (len(shape) - 1)), shape)
+        return Laid(leaf, elem, batch)
+
+    def _frontier(self, node: fx.Node, kind: str, val: Any) -> Laid:
+        """A value the core takes from outside: computed before the loop, once per step or once per call."""
+        if not isinstance(val, torch.Tensor):
+            raise UnsupportedOpError(f"{node.meta.get('src')}: {node.target} gives the core something that is not a tensor")
+        nodes = self.params if kind == "param" else self.streams
+        if node not in nodes:
+            nodes.append(node)
+        slot = nodes.index(node)
+        if kind == "param":
+            zero = self._zeros(node)
+            if zero is not None and zero.any():
+                self.known_zero[slot] = zero.reshape(-1)
+            return Laid(ir.leaf("param", slot, np.arange(val.numel())[None]), np.arange(val.numel()).reshape(val.shape), None)
+        if val.dim() == 0 or val.shape[0] != self.graph.batch_sizes[0]:
+            raise TraceError(
+                f"{node.meta.get('src') or 'the cell'}: {node.target} makes a tensor of shape {list(val.shape)} out of x; its first axis "
+                "must stay the batch axis up to where the state comes in"
+            )
+        size = val.numel() // val.shape[0]
+        return self._input(ir.leaf("stream", slot, np.arange(size)[None]), val)
+
+    def _constant(self, node: fx.Node) -> Any:
+        """A tensor made in the cell from nothing: one number everywhere, or a table that becomes a parameter."""
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return node.meta["static"][self.which]
+        flat = val.reshape(-1).to(torch.float64)
+        if flat.numel() and bool((flat == flat[0]).all() or torch.isnan(flat).all()):
+            shape = list(val.shape)
+            args, kwargs = node.meta["static"][self.which]
+            if self.which and isinstance(node.target, torch._ops.OpOverload):
+                shape = list(node.target(*args, **kwargs).shape) if not node.all_input_nodes else shape
+            return Laid(ir.const(float(flat[0])), np.zeros(shape, np.int64), None)
+        return self._frontier(node, "param", val)
+
+    def _view(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        name = node.target.__name__ if callable(node.target) else ""
+        if name == "_getitem":
+            return self.lower(args[0])[args[1]]
+        source = self.lower(args[0])
+        if name == "_copied":
+            return self.move(node, [source], lambda c: c[0].expand(args[1]))[0]
+        rest = [self._static_index(a) for a in args[1:]]
+        extra = {k: v for k, v in kwargs.items() if k not in ("memory_format", "dtype", "device", "layout", "pin_memory")}
+        if str(node.target) == "aten.constant_pad_nd.default" and len(args) > 2 and args[2]:
+            raise UnsupportedOpError(f"{node.meta.get('src')}: padding the state with a number other than zero")
+        parts = self.move(node, [source], lambda c: node.target(c[0], *rest, **extra))
+        return parts if str(node.target) in SPLITS else parts[0]
+
+    def _static_index(self, argument: Any) -> Any:
+        """An index tensor's values, which the plan then depends on."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self._static_index(a) for a in argument)
+        if not isinstance(argument, fx.Node):
+            return argument
+        if argument.meta["kind"] not in ("param", "const"):
+            raise UnsupportedOpError(f"{argument.meta.get('src')}: the state is indexed by values that change from step to step")
+        for node in (argument, *argument.all_input_nodes):
+            if node.meta.get("key", ("",))[0] == "attr":
+                name = node.meta["key"][1]
+                self.frozen[name] = self.graph.attributes[name].detach().clone()
+        return argument.meta["val"].cpu()
+
+    def _zeros(self, node: fx.Node) -> NDArray[np.bool_] | None:
+        """Where a parameter-only value is zero because a constant in it is; None: nowhere known."""
+        target = str(node.target)
+        if node.op == "placeholder" and node.meta["key"][0] == "attr":
+            name = node.meta["key"][1]
+            tensor = self.graph.attributes[name]
+            if tensor.requires_grad or not (tensor == 0).any():
+                return None
+            self.frozen[name] = tensor.detach().clone()
+            return (tensor == 0).cpu().numpy()
+        args, kwargs = node.meta.get("static", (((), {}),) * 2)[self.which]
+        if target in ("aten.mul.Tensor", "aten.mul.Scalar"):
+            found = [z for a in args if isinstance(a, fx.Node) and (z := self._zeros(a)) is not None]
+            shape = tuple(node.meta["val"].shape)
+            return np.logical_or.reduce([np.broadcast_to(z, shape) for z in found]) if found else None
+        if target in ("aten.div.Tensor", "aten.neg.default", "aten._to_copy.default", "aten.abs.default"):
+            return self._zeros(args[0])
+        if target in VIEWS and (inner := self._zeros(args[0])) is not None:
+            view = node.target(torch.from_numpy(inner), *args[1:], **kwargs)  # type: ignore[operator]
+            return view.numpy() if isinstance(view, torch.Tensor) else None
+        return None
+
+
+def _is_param(value: Value) -> bool:
+    found = ir.leaves([value])
+    return bool(found) and all(v.kind == "param" for v in found)
+
+
+#: ATen overload -> handler(lowering, node, *static args): operations that are neither rows nor plain views.
+STRUCTURAL: dict[str, Callable[..., Any]] = {}

@@ -1,0 +1,89 @@
+"""What can be asked for, and the few environment variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+Strategy = Literal["auto", "sequential", "shooting", "newton"]
+Backend = Literal["auto", "triton", "c", "torch"]
+Update = Literal["auto", "none", "exact"]
+
+_CHOICES = {
+    "strategy": ("auto", "sequential", "shooting", "newton"),
+    "backend": ("auto", "triton", "c", "torch"),
+    "update": ("auto", "none", "exact"),
+    "on_divergence": ("sequential", "raise", "warn"),
+    "precision": ("ieee", "tf32x3", "tf32"),
+    "save": ("recompute", "store"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a compiled cell runs.
+
+    strategy        "sequential" (one chunk), "shooting" (chunks), "newton" (chunks of one step: DEER), or "auto"
+    chunks          number of chunks for "shooting"; None: chosen
+    warmup          steps run before a chunk to guess its start state; None: chosen, and adapted from run to run
+    update          correction of the chunk start states between passes: "none" (Picard), "exact" (Newton), or "auto"
+    atol, rtol      a chunk start state has converged when it moves by at most atol + rtol * |state|; None: by dtype
+    max_passes      passes before the sequential kernel finishes the run; None: as long as a pass is expected to pay
+    on_divergence   when the passes do not converge: "sequential" finishes exactly, "warn" also warns, "raise" raises
+    backend         "c", "torch", "triton", or "auto" by device
+    deterministic   nothing adapts from run to run, nothing depends on the number of threads
+    precision       of float32 contractions on a GPU
+    save            what forward keeps for backward: "recompute" keeps states only
+    """
+
+    strategy: Strategy = "auto"
+    chunks: int | None = None
+    warmup: int | None = None
+    update: Update = "auto"
+    atol: float | None = None
+    rtol: float | None = None
+    max_passes: int | None = None
+    on_divergence: Literal["sequential", "raise", "warn"] = "sequential"
+    backend: Backend = "auto"
+    deterministic: bool = False
+    precision: Literal["ieee", "tf32x3", "tf32"] = "ieee"
+    save: Literal["recompute", "store"] = "recompute"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Options.{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+        for name, least in (("chunks", 1), ("warmup", 0), ("max_passes", 1), ("atol", 0), ("rtol", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"Options.{name} is {value!r}; it must be at least {least}")
+
+    @classmethod
+    def of(cls, options: Options | dict[str, Any] | None) -> Options:
+        """Options from themselves, a dict of fields, or None."""
+        if options is None:
+            return cls()
+        if isinstance(options, cls):
+            return options
+        if isinstance(options, dict):
+            known = {f.name for f in fields(cls)}
+            unknown = sorted(set(options) - known)
+            if unknown:
+                raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+            return replace(cls(), **options)
+        raise TypeError(f"options must be a seqparc.Options, a dict or None, not {type(options).__name__}")
+
+
+#: name -> (default, meaning). The only variables seqparc reads, besides CC.
+ENVIRONMENT = {
+    "SEQPARC_CACHE": (None, "folder of generated sources, objects and plans (default: the user's cache folder)"),
+    "CC": (None, "the C compiler (default: the first of cc, gcc, clang)"),
+    "SEQPARC_VERIFY": ("0", "1 runs the IR verifier after every pass"),
+}
+
+
+def environment(name: str) -> str | None:
+    """The value of a declared environment variable, or its default."""
+    default, _ = ENVIRONMENT[name]
+    return os.environ.get(name, default)

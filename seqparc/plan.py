@@ -1,0 +1,71 @@
+"""What the compiler knows about one cell at one set of shapes: the split, the programs, the structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from seqparc.ir import Program
+
+
+@dataclass(frozen=True)
+class StateShape:
+    shape: tuple[int, ...]  # of one sample
+    dtype: torch.dtype
+
+
+@dataclass
+class Plan:
+    """Everything fixed at compile time. Pieces are `seqparc.graphs.Piece`: parts of the cell that torch runs."""
+
+    states: tuple[StateShape, ...]
+    dtype: torch.dtype  # of the arithmetic
+    prelude: Any  # Piece: streams from x, once over the whole sequence
+    weights: Any  # Piece: parameter slots from parameters, once per call
+    readout: Any  # Piece or None: outputs from states, once over the whole sequence
+    direct: tuple[int | None, ...]  # stream slot -> the x leaf it simply is
+    core: Program  # one lane, as traced
+    program: Program  # the lane program that runs
+    scalar: bool
+    structure: Any  # seqparc.passes.dependency.Structure
+    attributes: dict[str, torch.Tensor]
+    frozen: dict[str, torch.Tensor]  # tensors whose values the structure relies on
+    source_lines: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    adjoint: Callable[[], Any] | None = None
+    jacobian: Callable[[], Any] | None = None
+    adjoint_jacobian: Callable[[], Any] | None = None
+    compile_seconds: float = 0.0
+
+    @property
+    def place(self) -> np.ndarray:
+        """[lanes, n]: where each state number of a lane lies in the flat state of a sample."""
+        offsets = np.concatenate([[0], np.cumsum(self.program.state_sizes)])
+        return np.concatenate([v.index.array + offsets[v.slot] for v in self.program.state], axis=1)
+
+
+@dataclass
+class Stats:
+    """Of the last call.
+
+    gap: the largest move of a chunk's start state at the end, relative to 1 + |state|; gaps: after each pass.
+    """
+
+    backend: str = ""
+    strategy: str = ""
+    chunks: int = 1
+    chunk_length: int = 0
+    warmup: int = 0
+    update: str = "none"
+    passes: int = 0
+    gap: float = 0.0
+    gaps: tuple[float, ...] = ()
+    converged: bool = True
+    fallback: str | None = None
+    reasons: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+    backward: Stats | None = None

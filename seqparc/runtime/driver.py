@@ -1,0 +1,255 @@
+"""Multiple shooting: one driver for forward and backward, for one chunk (sequential) and for chunks of one step (DEER).
+
+Time is cut into chunks; the unknowns are the chunks' start states S_c. One pass runs every chunk from its start state to
+its end state E_c with the non-linear cell; the update sets S_{c+1} = E_c (Picard), or adds A_c (S'_c - S_c) to it, where
+A_c is the Jacobian of the chunk (Newton). When no start state moves, the outputs satisfy the recurrence everywhere; the
+largest move is the *gap*. Chunks whose start did not move are not run again. After p passes the first p chunks are exact,
+so the sequential kernel can finish from there at any time, and does when the passes do not pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqparc.errors import ConvergenceError
+
+
+class Kernel(Protocol):
+    """Something that runs chunks of a lane program."""
+
+    def lanes_wanted(self) -> int:
+        """Lanes that fill the device."""
+
+    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters as `sweep` wants them."""
+
+    def sweep(
+        self, t0: np.ndarray, length: np.ndarray, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor],
+        emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool,
+    ) -> Tensor:  # fmt: skip
+        """Run chunk c over steps t0[c] … t0[c] + length[c] - 1 from start[c]; returns the end states.
+
+        start, end [chunks, batch, state numbers]; streams and emits [batch, time, numbers] with a unit last stride, written
+        in place; sums [chunks, batch, numbers], overwritten. A None is not written. `backwards`: step t is the tensors'
+        step time - 1 - t.
+        """
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a run is cut: chunk boundaries, warm-up steps, the update, and when to stop."""
+
+    t0: np.ndarray
+    length: np.ndarray
+    warmup: int = 0
+    update: str = "none"  # "none", "exact", or "auto": none at first, exact if the gap falls slowly
+    atol: float = 0.0
+    rtol: float = 0.0
+    max_passes: int | None = None
+    on_divergence: str = "sequential"
+    affine: bool = False
+
+
+@dataclass
+class Problem:
+    """One recurrence: a kernel, its inputs and where its outputs go."""
+
+    kernel: Kernel
+    start: Tensor  # [batch, numbers]
+    steps: int
+    streams: Sequence[Tensor]
+    params: Sequence[Tensor]
+    emits: Sequence[Tensor | None]
+    sum_sizes: Sequence[int] = ()
+    backwards: bool = False
+    jacobian: Callable[[], Kernel | None] | None = None  # makes the kernel of the program that carries A as well
+    place: np.ndarray | None = None  # [lanes, n]: where each state number of a lane lies in the flat state
+
+
+@dataclass
+class Outcome:
+    end: Tensor
+    sums: list[Tensor]  # [chunks, batch, numbers] each
+    passes: int = 1
+    gaps: list[float] = field(default_factory=list)
+    converged: bool = True
+    fallback: str | None = None
+    update: str = "none"
+
+    @property
+    def gap(self) -> float:
+        return self.gaps[-1] if self.gaps else 0.0
+
+
+def cut_evenly(steps: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk starts and lengths that differ by at most one step."""
+    edges = np.arange(chunks + 1, dtype=np.int64) * steps // chunks
+    return edges[:-1], np.diff(edges)
+
+
+def solve(p: Problem, cut: Cut) -> Outcome:
+    """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""
+    chunks = len(cut.t0)
+    batch, numbers = p.start.shape
+    params = p.kernel.prepare(p.params)
+    sums = [p.start.new_empty(chunks, batch, n) for n in p.sum_sizes]
+
+    def sweep(which: np.ndarray, start: Tensor) -> Tensor:
+        """Run some chunks, outputs and all."""
+        if len(which) == chunks:
+            return p.kernel.sweep(cut.t0, cut.length, start, p.streams, params, p.emits, sums, p.backwards)
+        part = [z.new_empty(len(which), *z.shape[1:]) for z in sums]
+        end = p.kernel.sweep(cut.t0[which], cut.length[which], start, p.streams, params, p.emits, part, p.backwards)
+        at = torch.from_numpy(which).to(start.device)
+        for z, new in zip(sums, part, strict=True):
+            z[at] = new
+        return end
+
+    if chunks == 1:
+        return Outcome(sweep(np.arange(1), p.start[None])[0], sums)
+
+    start = p.start.expand(chunks, batch, numbers).clone()
+    if cut.warmup:
+        first = np.maximum(cut.t0[1:] - cut.warmup, 0)
+        start[1:] = p.kernel.sweep(
+            first, cut.t0[1:] - first, start[1:], p.streams, params, [None] * len(p.emits), [None] * len(sums), p.backwards
+        )
+    end = torch.empty_like(start)
+    newton = _newton(p, chunks) if cut.update == "exact" else None
+    active = np.arange(chunks)
+    outcome = Outcome(p.start, sums)
+    exact = cut.update == "exact" and newton is not None
+    while True:
+        if exact:
+            assert newton is not None
+            newton.run(cut, active, start[active])
+        end[active] = sweep(active, start[active])
+        target = newton.update(start, end) if exact and newton is not None else end[:-1]
+        size = (target - start[1:]).abs_()
+        size.div_(start[1:].abs().mul_(cut.rtol).add_(cut.atol)).nan_to_num_(nan=math.inf)
+        same = (target == start[1:]) | (target.isnan() & start[1:].isnan())
+        size.masked_fill_(same, 0.0)
+        worst = size.flatten(1).amax(1)
+        moved = np.flatnonzero((worst > 1).cpu().numpy())
+        outcome.gaps.append(float(worst.max()) * (cut.rtol or cut.atol))
+        outcome.passes = len(outcome.gaps)
+        outcome.update = "exact" if exact else "none"
+        if not len(moved):
+            break
+        first_moved = int(moved[0])
+        start[1:][moved] = target[moved]
+        active = moved + 1
+        why = _give_up(outcome, cut, first_moved, chunks, p)
+        if why is not None and not exact and cut.update == "auto" and not why.startswith("max"):
+            newton = _newton(p, chunks)
+            if newton is not None:
+                exact, why, active = True, None, np.arange(chunks)  # before giving up: the exact update forgets nothing
+        if why is not None:
+            outcome.converged, outcome.fallback = False, why
+            if cut.on_divergence == "raise":
+                raise ConvergenceError(
+                    f"the chunk start states still move by {outcome.gap:.3g} after {outcome.passes} passes ({why}). "
+                    'Use Options(on_divergence="sequential") to let the sequential kernel finish.',
+                    best=start,
+                    gap=outcome.gap,
+                )
+            # Everything before chunk first_moved + 1 is consistent, and its start is the true end of what lies before.
+            rest = first_moved + 1
+            start[rest] = end[first_moved]
+            tail_sums = [z.new_empty(1, batch, z.shape[-1]) for z in sums]
+            t0 = cut.t0[rest : rest + 1]
+            last = p.kernel.sweep(
+                t0, np.array([p.steps - int(t0[0])]), start[rest : rest + 1], p.streams, params, p.emits, tail_sums, p.backwards
+            )
+            outcome.end = last[0]
+            outcome.sums = [torch.cat((z[:rest], tail)) for z, tail in zip(sums, tail_sums, strict=True)]
+            return outcome
+        if exact and cut.affine:
+            # The update of a linear recurrence is exact: run once more for the outputs, and be done.
+            end[active] = sweep(active, start[active])
+            outcome.passes += 1
+            break
+    outcome.end = end[-1]
+    return outcome
+
+
+def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Problem) -> str | None:
+    """Why the sequential kernel should finish, or None while the passes are expected to pay."""
+    if cut.max_passes is not None and outcome.passes >= cut.max_passes:
+        return f"max_passes={cut.max_passes} reached"
+    left = p.steps - int(cut.t0[first_moved + 1])
+    lanes = max(1, chunks * p.start.shape[0])
+    longest = int(cut.length.max())
+    # One pass costs about this many steps of the sequential kernel.
+    cost = max(longest, longest * lanes / p.kernel.lanes_wanted())
+    gaps = outcome.gaps
+    remaining: float = 1
+    if len(gaps) >= 2:
+        ratio = gaps[-1] / gaps[-2] if gaps[-2] > 0 else 0.0
+        if not ratio < 0.9:  # also when it is not a number
+            remaining = math.inf if len(gaps) >= 3 else 2
+        else:
+            remaining = max(1.0, math.log((cut.rtol or cut.atol or 1e-300) / gaps[-1]) / math.log(ratio)) if ratio > 0 else 1
+    if remaining * cost > left:
+        return f"{remaining:.0f} more passes expected, of about {cost:.0f} steps each, where {left} steps remain" if math.isfinite(
+            remaining
+        ) else f"the gap does not fall ({gaps[-1]:.3g} after {len(gaps)} passes)"
+    return None
+
+
+def _newton(p: Problem, chunks: int) -> _Newton | None:
+    kernel = p.jacobian() if p.jacobian is not None and p.place is not None else None
+    return None if kernel is None else _Newton(p, kernel, chunks)
+
+
+class _Newton:
+    """Chunk Jacobians and the exact update S'_{c+1} = E_c + A_c (S'_c - S_c)."""
+
+    def __init__(self, p: Problem, kernel: Kernel, chunks: int) -> None:
+        assert p.place is not None
+        self.p, self.kernel = p, kernel
+        self.lanes, self.n = p.place.shape
+        self.place = torch.from_numpy(p.place.astype(np.int64)).to(p.start.device)
+        self.params = self.kernel.prepare(p.params)
+        self.a = p.start.new_zeros(chunks, p.start.shape[0], self.lanes, self.n, self.n)
+        self.eye = torch.eye(self.n, dtype=p.start.dtype, device=p.start.device).expand(self.lanes, self.n, self.n).reshape(-1)
+
+    def run(self, cut: Cut, active: np.ndarray, start: Tensor) -> None:
+        """Jacobians of some chunks from their start states."""
+        wide = torch.cat((start, self.eye.expand(*start.shape[:2], -1)), -1)
+        nothing = [None] * len(self.p.emits)
+        end = self.kernel.sweep(
+            cut.t0[active], cut.length[active], wide, self.p.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
+        )
+        a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.lanes, self.n, self.n)
+        self.a[torch.from_numpy(active).to(start.device)] = a
+
+    def update(self, start: Tensor, end: Tensor) -> Tensor:
+        """New start states of chunks 1 …; where the correction overflows, the plain end states."""
+        residual = (end[:-1] - start[1:])[..., self.place]  # [chunks - 1, batch, lanes, n]
+        move = _scan(self.a[1:-1], residual)
+        target = end[:-1].clone()
+        target[..., self.place] += move - residual
+        return torch.where(target.isfinite(), target, end[:-1])
+
+
+def _scan(a: Tensor, r: Tensor) -> Tensor:
+    """d_0 = r_0, d_c = r_c + a_{c-1} d_{c-1}, by doubling; a [count - 1, ..., n, n], r [count, ..., n]."""
+    count = r.shape[0]
+    d = r.clone()
+    if count == 1:
+        return d
+    m = torch.cat((torch.zeros_like(a[:1]), a))
+    step = 1
+    while step < count:
+        d = torch.cat((d[:step], d[step:] + (m[step:] @ d[:-step].unsqueeze(-1)).squeeze(-1)))
+        m = torch.cat((m[:step], m[step:] @ m[:-step]))
+        step *= 2
+    return d

@@ -1,0 +1,264 @@
+"""A plan with its kernels: runs the recurrence forward and its adjoint backward, as one autograd function."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqparc.errors import SeqparcWarning, ToolchainError
+from seqparc.ir import Program
+from seqparc.options import Options
+from seqparc.plan import Plan, Stats
+from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, cut_evenly, solve
+
+#: Largest dense state for which the exact update is offered.
+EXACT_LIMIT = 32
+
+MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
+
+
+class Engine:
+    """Kernels of one plan on one backend, made when first needed."""
+
+    def __init__(self, plan: Plan, backends: Sequence[tuple[str, MakeKernel]], options: Options, choose: Callable[..., Any]) -> None:
+        self.plan, self.options, self.choose = plan, options, choose
+        self.backends = list(backends)
+        self.kernels: dict[str, tuple[str, Kernel]] = {}
+        self.warmup: dict[str, int] = {}
+        self.stats = Stats()
+        self.compile_seconds = plan.compile_seconds
+
+    def kernel(self, direction: str, program: Program, device: torch.device) -> tuple[str, Kernel]:
+        """The kernel of a program on the first backend that takes it; said once if that is not the first."""
+        if direction not in self.kernels:
+            begin = time.perf_counter()
+            while True:
+                name, make = self.backends[0]
+                try:
+                    self.kernels[direction] = (name, make(program, self.plan.dtype, device))
+                    break
+                except (ToolchainError, ValueError) as error:
+                    if len(self.backends) == 1:
+                        raise
+                    self.backends.pop(0)
+                    message = f"the {name} backend cannot run this cell and hands it to {self.backends[0][0]}: {error}"
+                    self.plan.notes.append(message)
+                    warnings.warn(message, SeqparcWarning, stacklevel=2)
+            self.compile_seconds += time.perf_counter() - begin
+        return self.kernels[direction]
+
+    def solve(self, direction: str, program: Program, jacobian: Callable[[], Any], **problem: Any) -> tuple[Outcome, Stats]:
+        """Run one recurrence: decide, cut, solve, remember."""
+        start: Tensor = problem["start"]
+        steps: int = problem["steps"]
+        plan, options = self.plan, self.options
+        name, kernel = self.kernel(direction, program, start.device)
+        exact = plan.scalar or plan.program.n <= EXACT_LIMIT
+        affine = direction == "backward"
+        key = f"{direction} {start.shape[0]} {steps.bit_length()}"
+        choice = self.choose(
+            options, steps=steps, lanes=start.shape[0] * (program.lanes if plan.scalar else 1), wanted=kernel.lanes_wanted(),
+            n=plan.program.n, exact_possible=exact, affine=affine, warmup=self.warmup.get(key),
+        )  # fmt: skip
+        t0, length = cut_evenly(steps, choice.chunks)
+        unit = torch.finfo(plan.dtype).eps * 4
+        cut = Cut(
+            t0, length, choice.warmup, choice.update,
+            atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
+            max_passes=options.max_passes, on_divergence=options.on_divergence, affine=affine,
+        )  # fmt: skip
+
+        def make_jacobian() -> Kernel | None:
+            if not exact:
+                return None
+            return self.kernel(direction + " jacobian", jacobian().program, start.device)[1]
+
+        outcome = solve(Problem(kernel=kernel, jacobian=make_jacobian, place=plan.place, **problem), cut)
+        if choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.update != "exact":
+            if outcome.passes > 1 or not outcome.converged:
+                self.warmup[key] = max(1, choice.warmup) * 2
+        if outcome.fallback and options.on_divergence == "warn":
+            warnings.warn(f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}", SeqparcWarning, stacklevel=2)
+        stats = Stats(
+            backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=int(length.max()), warmup=choice.warmup,
+            update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
+            fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
+        )  # fmt: skip
+        return outcome, stats
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], steps: int) -> tuple[list[Tensor], Tensor]:
+        """State sequences [batch, time, numbers] per slot (each with its start in front, when that costs nothing), last state."""
+        plan = self.plan
+        batch = start[0].shape[0]
+        room = [s.new_empty(batch, steps + (batch == 1), s.shape[1]) for s in start]
+        if batch == 1:
+            for r, s in zip(room, start, strict=True):
+                r[:, 0] = s
+        emits = [r[:, 1:] if batch == 1 else r for r in room]
+        outcome, self.stats = self.solve(
+            "forward", plan.program, plan.jacobian, start=torch.cat(list(start), -1), steps=steps, streams=streams, params=params, emits=emits,
+        )  # fmt: skip
+        return room, outcome.end
+
+    # -- backward --------------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], g_states: Sequence[Tensor], g_last: Tensor
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the start state (flat), the streams and the parameters. `before`: the state before each step."""
+        plan = self.plan
+        assert plan.adjoint is not None
+        adjoint = plan.adjoint()
+        program = adjoint.program
+        batch, steps = before[0].shape[:2]
+        written = {s.slot for s in program.emits}
+        n_streams = len(streams)
+        emits: list[Tensor | None] = []
+        for slot, size in enumerate(program.emit_sizes):
+            if slot not in written:
+                emits.append(None)
+                continue
+            covered = sum(s.index.array.size for s in program.emits if s.slot == slot) == size
+            make = g_last.new_empty if covered else g_last.new_zeros
+            emits.append(make(batch, steps, size))
+        outcome, stats = self.solve(
+            "backward", program, plan.adjoint_jacobian, start=g_last, steps=steps, streams=[*streams, *before, *g_states],
+            params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
+        )  # fmt: skip
+        self.stats = replace(self.stats, backward=stats, compile_seconds=self.compile_seconds)
+        g_streams: list[Tensor | None] = [None] * n_streams
+        for e in adjoint.streams:
+            out = emits[e.slot]
+            assert out is not None
+            if not e.direct:
+                wide = out.new_zeros(batch, steps, streams[e.target].shape[-1])
+                out = wide.index_add_(-1, _flat(e.columns), out)
+            g_streams[e.target] = out
+        g_params: list[Tensor | None] = [None] * len(params)
+        for e in adjoint.params:
+            total = outcome.sums[e.slot].sum((0, 1))
+            flat = total.new_zeros(params[e.target].numel()).index_add_(0, _flat(e.columns), total)
+            g_params[e.target] = _plus(g_params[e.target], flat)
+        for o in adjoint.outers:
+            g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, [*streams, *before], params))
+        return outcome.end, g_streams, g_params
+
+    def _outer(self, o: Any, emits: Sequence[Tensor | None], streams: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """Σ over steps and samples of delta xᵀ, put where the weight's elements lie."""
+        lanes = o.columns.shape[0]
+        delta = emits[o.delta]
+        assert delta is not None
+        d = delta.reshape(-1, lanes, delta.shape[-1] // lanes)
+        if o.x >= 0:
+            given = emits[o.x]
+            assert given is not None
+            x = given.reshape(d.shape[0], lanes, -1)
+        else:
+            given = streams[-1 - o.x]
+            whole = lanes == 1 and o.columns.is_identity(given.shape[-1]) or np.array_equal(o.columns.array, np.arange(given.shape[-1])[None])
+            x = given.reshape(d.shape[0], -1) if whole else given.reshape(d.shape[0], -1).index_select(-1, _flat(o.columns))
+            x = x.reshape(d.shape[0], lanes, -1)
+        if lanes == 1:
+            m = (d[:, 0].t() @ x[:, 0])[None]
+        else:
+            m = torch.einsum("nle,nlk->lek", d, x)
+        ix = o.ix.array
+        picked = m if np.array_equal(ix, np.broadcast_to(np.arange(m.shape[2]), ix.shape)) and ix.shape[1] == m.shape[2] else None
+        if picked is None:
+            at = torch.from_numpy(np.maximum(ix, 0).astype(np.int64)).expand(lanes, -1, -1)
+            picked = m.gather(2, at)
+        target = o.target.array.reshape(-1)
+        size = params[o.param].numel()
+        if np.array_equal(target, np.arange(size)):
+            return picked.reshape(-1)
+        live = torch.from_numpy(np.flatnonzero(target >= 0))
+        to = torch.from_numpy(target[target >= 0].astype(np.int64))
+        return picked.new_zeros(size).index_add_(0, to, picked.reshape(-1).index_select(0, live))
+
+
+def _flat(index: Any) -> Tensor:
+    return torch.from_numpy(index.array.reshape(-1).astype(np.int64))
+
+
+def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+class Solve(torch.autograd.Function):
+    """The recurrence as a differentiable function: (start per slot, streams, parameters) -> (states per slot, last per slot)."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, steps: int, counts: tuple[int, int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        n_state, n_stream = counts
+        start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
+        room, end = engine.forward(start, streams, params, steps)
+        joined = start[0].shape[0] == 1
+        states = [r[:, 1:] if joined else r for r in room]
+        ctx.engine, ctx.counts, ctx.joined = engine, counts, joined
+        ctx.save_for_backward(*tensors, *states)
+        ctx.room = room if joined else None
+        last, at = [], 0
+        for s in start:
+            last.append(end[:, at : at + s.shape[1]])
+            at += s.shape[1]
+        return (*states, *last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n_state, n_stream = ctx.counts
+        saved = ctx.saved_tensors
+        tensors, states = saved[:-n_state], saved[-n_state:]
+        start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
+        with torch.no_grad():
+            if ctx.joined:
+                before = [r[:, :-1] for r in ctx.room]
+            else:
+                before = [torch.cat((s[:, None], y[:, :-1]), 1) for s, y in zip(start, states, strict=True)]
+            g_states = [
+                _unit(g) if g is not None else y.new_zeros(y.shape[-1]).expand_as(y) for g, y in zip(grads[:n_state], states, strict=True)
+            ]
+            g_last = torch.cat(
+                [g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)], -1
+            )
+            g_start, g_streams, g_params = ctx.engine.backward(before, streams, params, g_states, g_last)
+            parts, at = [], 0
+            for s in start:
+                parts.append(g_start[:, at : at + s.shape[1]])
+                at += s.shape[1]
+            shaped = [None if g is None else g.reshape(p.shape) for g, p in zip(g_params, params, strict=True)]
+        results = (None, None, None, *parts, *g_streams, *shaped)
+        if torch.is_grad_enabled():
+            # create_graph=True: a second derivative through this one would be silently zero without this.
+            results = tuple(r if r is None else _Once.apply(r, *[t for t in tensors if t.requires_grad]) for r in results)
+        return results
+
+
+def _unit(g: Tensor) -> Tensor:
+    """A cotangent with a unit last stride."""
+    return g if g.stride(-1) == 1 or g.shape[-1] == 1 else g.contiguous()
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again, and says so when that is tried."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, *parents: Tensor) -> Tensor:
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        from seqparc.errors import SeqparcError
+
+        raise SeqparcError(
+            "a second derivative through a compiled cell was asked for (create_graph=True). The compiled backward is not itself "
+            "differentiable; use rnn.sequential(x, state) where you need second derivatives."
+        )

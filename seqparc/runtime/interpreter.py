@@ -1,0 +1,141 @@
+"""The torch backend: a lane program run with ordinary torch operations, lanes as the batch. Any device.
+
+It is the fallback, and the second implementation that every generated kernel is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqparc import ir
+from seqparc.ir import Program, Value
+from seqparc.ops import OPS
+
+
+class TorchKernel:
+    """Runs a lane program over chunks of time; values have shape [chunks, batch, lanes, size]."""
+
+    source = "(the torch backend interprets the program; see seqparc.text.print_program)"
+
+    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.program, self.dtype = program, dtype
+        self.device = device or torch.device("cpu")
+        self.order = ir.topological(program.outputs)
+        self.offsets = np.concatenate([[0], np.cumsum(program.state_sizes)])
+        self._indices: dict[ir.Index, Tensor] = {}
+
+    def lanes_wanted(self) -> int:
+        return 4096
+
+    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
+        return [p.reshape(-1) for p in params]
+
+    def index(self, index: ir.Index) -> Tensor:
+        if index not in self._indices:
+            self._indices[index] = torch.from_numpy(index.array.astype(np.int64)).to(self.device)
+        return self._indices[index]
+
+    def pick(self, tensor: Tensor, index: ir.Index) -> Tensor:
+        """tensor[..., index] of a [..., numbers] tensor: [..., lanes, size]."""
+        at = self.index(index)
+        return tensor.index_select(-1, at.reshape(-1)).reshape(*tensor.shape[:-1], *at.shape)
+
+    def sweep(
+        self,
+        t0: np.ndarray,
+        length: np.ndarray,
+        start: Tensor,
+        streams: Sequence[Tensor],
+        params: Sequence[Tensor],
+        emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None],
+        backwards: bool = False,
+    ) -> Tensor:
+        """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
+        state = start.clone()
+        begin = torch.from_numpy(np.ascontiguousarray(t0, np.int64)).to(start.device)
+        fixed = {v: self.pick(params[v.slot], v.index) for v in self.order if isinstance(v, ir.Leaf) and v.kind == "param"}
+        totals = [None if z is None else torch.zeros_like(z) for z in sums]
+        shortest, longest = int(length.min()), int(length.max())
+        for k in range(longest):
+            live = np.flatnonzero(length > k)
+            whole = k < shortest
+            rows = slice(None) if whole else torch.from_numpy(live).to(start.device)
+            at = begin[rows] + k
+            now = [x.index_select(1, x.shape[1] - 1 - at if backwards else at).transpose(0, 1) for x in streams]
+            values = self.evaluate(state[rows], now, fixed)
+            for s in self.program.emits:
+                out = emits[s.slot]
+                if out is not None:
+                    flat = values[s.value].flatten(2).transpose(0, 1)
+                    to = out.shape[1] - 1 - at if backwards else at
+                    out[:, to[:, None], self.index(s.index).reshape(-1)[None]] = flat.expand(out.shape[0], *flat.shape[1:])
+            for s in self.program.sums:
+                total = totals[s.slot]
+                if total is not None:
+                    part = torch.zeros_like(total[rows])
+                    part[..., self.index(s.index).reshape(-1)] = values[s.value].flatten(2)
+                    total[rows] += part
+            following = torch.empty_like(state[rows])
+            for v, value in zip(self.program.state, self.program.next, strict=True):
+                following[..., self.index(v.index).reshape(-1) + int(self.offsets[v.slot])] = values[value].flatten(2)
+            if whole:
+                state = following
+            else:
+                state[rows] = following
+        for z, total in zip(sums, totals, strict=True):
+            if z is not None:
+                z.copy_(total)
+        return state
+
+    def evaluate(self, state: Tensor, streams: Sequence[Tensor], fixed: dict[ir.Leaf, Tensor]) -> dict[Value, Tensor]:
+        """Every value of one step. state: [chunks, batch, numbers], streams alike."""
+        values: dict[Value, Tensor] = {}
+        lead = state.shape[:2]
+        for v in self.order:
+            match v:
+                case ir.Leaf(kind="state", slot=slot, index=index):
+                    start = int(self.offsets[slot])
+                    out = self.pick(state[..., start : start + self.program.state_sizes[slot]], index)
+                case ir.Leaf(kind="stream", slot=slot, index=index):
+                    out = self.pick(streams[slot], index)
+                case ir.Leaf():
+                    out = fixed[v].expand(*lead, *fixed[v].shape)
+                case ir.Const(value=number):
+                    out = torch.full((*lead, self.program.lanes, v.size), number, dtype=self.dtype, device=state.device)
+                case ir.Map(op=op, operands=operands):
+                    out = OPS[op].torch(*(values[a] for a in operands))
+                case ir.Gather(sources=sources, which=which, index=index):
+                    out = self._gather([values[s] for s in sources], which, index)
+                case ir.Contract(a=a, b=b, ia=ia, ib=ib):
+                    dense = bool((ib.array == ib.array[:1]).all())
+                    if dense and a in fixed:
+                        weight = self._padded(fixed[a], ia)
+                        out = torch.einsum("gek,cbgk->cbge", weight, self._padded(values[b], ir.Index(ib.array[0])))
+                    else:
+                        left = self._padded(fixed[a] if a in fixed else values[a], ia)
+                        out = (left * self._padded(values[b], ib)).sum(-1)
+                case ir.Reduce(fold=fold, x=x, index=index):
+                    empty = 0.0 if fold == "sum" else float("-inf")
+                    parts = self._padded(values[x], index, empty)
+                    out = parts.sum(-1) if fold == "sum" else parts.amax(-1)
+                case _:
+                    raise TypeError(type(v).__name__)
+            values[v] = out
+        return values
+
+    def _padded(self, tensor: Tensor, index: ir.Index, empty: float = 0.0) -> Tensor:
+        """tensor[..., index] with `empty` where the index is -1."""
+        at = self.index(index)
+        picked = tensor.index_select(-1, at.clamp_min(0).reshape(-1)).reshape(*tensor.shape[:-1], *at.shape)
+        return picked if bool((index.array >= 0).all()) else torch.where(at < 0, torch.full_like(picked, empty), picked)
+
+    def _gather(self, sources: list[Tensor], which: ir.Index, index: ir.Index) -> Tensor:
+        starts = np.concatenate([[0], np.cumsum([s.shape[-1] for s in sources])])
+        flat = np.where(which.array < 0, -1, index.array + starts[which.array])
+        joined = sources[0] if len(sources) == 1 else torch.cat(sources, -1)
+        return self._padded(joined, ir.Index(flat))

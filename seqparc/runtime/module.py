@@ -1,0 +1,239 @@
+"""What the user holds: a module that runs their cell over whole sequences."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqparc import signature as sig
+from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
+from seqparc.options import Options
+from seqparc.plan import Plan, Stats
+from seqparc.runtime.engine import Engine, Solve
+from seqparc.runtime.reference import loop
+
+
+
+class CompiledRNN(nn.Module):
+    """A recurrent cell compiled to run over time.
+
+    Call it with x [batch, time, ...] (a tensor or a tree of tensors) and, if wanted, an initial state: it returns `(y, last)`,
+    y [batch, time, ...] being the outputs (the states, if the cell returns only its state) and last the final state.
+    Make one with `seqparc.compile`.
+    """
+
+    def __init__(self, cell: Any, *, state: Any, signature: str | None, options: Options, name: str | None, tools: dict[str, Any]) -> None:
+        super().__init__()
+        self.cell = cell
+        self.options = options
+        self.name = name or getattr(cell, "__name__", type(cell).__name__)
+        self._given, self._signature = state, signature
+        self._tools = tools
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop everything that is remade at the next call."""
+        self._conventions: dict[Any, sig.Convention] = {}
+        self._engines: dict[Any, Engine | str] = {}
+        self._states: dict[Any, Any] = {}
+        self._last: Engine | Stats = Stats()
+
+    @property
+    def stats(self) -> Stats:
+        """What the last call did; its `backward` appears once backward has run."""
+        return self._last.stats if isinstance(self._last, Engine) else self._last
+
+    def __getstate__(self) -> dict[str, Any]:
+        keep = dict(self.__dict__)
+        for name in ("_conventions", "_engines", "_states", "_last", "_tools"):
+            keep.pop(name, None)
+        return keep
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        from seqparc import _tools
+
+        self._tools = _tools()
+        self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledRNN:
+        new = CompiledRNN.__new__(CompiledRNN)
+        memo[id(self)] = new
+        new.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return new
+
+    # -- calls -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Any, state: Any = None, lengths: Any = None, reset: Any = None) -> tuple[Any, Any]:
+        """Run the cell over x [batch, time, ...] from `state` (default: the initial state).
+
+        Returns (y, last). Raises ShapeError for an input of the wrong shape, dtype or device, and what `seqparc.compile`
+        documents for cells that cannot be compiled.
+        """
+        if lengths is not None or reset is not None:
+            raise SeqparcError("lengths= and reset= are not supported yet; pad, run, and mask the outputs")
+        leaves, convention, start = self._arguments(x, state)
+        engine = self._engine(convention, leaves, start)
+        if isinstance(engine, str):
+            outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
+            self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
+        else:
+            outputs, last = self._run(engine, leaves, start)
+            self._last = engine
+        y_structure = convention.state if convention.out is None else convention.out
+        return y_structure.unflatten(outputs), convention.state.unflatten(last)
+
+    def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
+        """One step, for streaming and decoding: x_t [batch, ...] -> (y_t, state)."""
+        leaves, structure = sig.flatten(x_t)
+        y, last = self(structure.unflatten([v.unsqueeze(1) for v in leaves]), state)
+        outputs, y_structure = sig.flatten(y)
+        return y_structure.unflatten([v[:, 0] for v in outputs]), last
+
+    def sequential(self, x: Any, state: Any = None) -> tuple[Any, Any]:
+        """The plain loop over the cell itself: the oracle."""
+        leaves, convention, start = self._arguments(x, state)
+        outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
+        y_structure = convention.state if convention.out is None else convention.out
+        return y_structure.unflatten(outputs), convention.state.unflatten(last)
+
+    # -- arguments -------------------------------------------------------------------------------------------------------
+
+    def _arguments(self, x: Any, state: Any) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
+        leaves, structure = sig.flatten(x)
+        if not leaves:
+            raise ShapeError("x holds no tensor; give [batch, time, ...]")
+        lead = leaves[0].shape[:2]
+        for i, leaf in enumerate(leaves):
+            if leaf.dim() < 2:
+                raise ShapeError(f"x's leaf {i} has shape {list(leaf.shape)}; the first two axes must be batch and time")
+            if leaf.shape[:2] != lead:
+                raise ShapeError(f"x's leaves disagree about batch and time: {list(lead)} and {list(leaf.shape[:2])} (leaf {i})")
+        batch, steps = lead
+        if steps == 0 or batch == 0:
+            raise ShapeError(f"x has shape {list(leaves[0].shape)}: an empty {'sequence' if steps == 0 else 'batch'} has no states")
+        self._check_place(leaves)
+        x_t = structure.unflatten([v[:, 0] for v in leaves])
+        if state is None:
+            key = (batch, structure, leaves[0].device, tuple(p.dtype for p in self.parameters()))
+            fixed = not callable(self._given) and not any(hasattr(self.cell, m) for m in ("init_state", "initial_state", "init_hidden"))
+            if fixed and key in self._states:
+                state = self._states[key]
+            else:
+                state = sig.initial_state(self.cell, x_t, batch, self._given)
+                if fixed and not any(t.requires_grad for t in sig.flatten(state)[0]):
+                    self._states[key] = state
+        start, state_structure = sig.flatten(state)
+        for i, leaf in enumerate(start):
+            if leaf.dim() < 1 or leaf.shape[0] != batch:
+                raise StateError(f"the state's leaf {i} has shape {list(leaf.shape)}, x has batch {batch}; a state is [batch, ...]")
+            if leaf.device != leaves[0].device:
+                raise ShapeError(f"the state's leaf {i} is on {leaf.device}, x on {leaves[0].device}")
+        key = (structure, state_structure, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple(tuple(s.shape[1:]) for s in start))
+        if key not in self._conventions:
+            self._conventions[key] = sig.discover(self.cell, x_t, state, self._signature)
+        return leaves, self._conventions[key], start
+
+    def _check_place(self, leaves: Sequence[Tensor]) -> None:
+        parameter = next(self.parameters(), None)
+        for i, leaf in enumerate(leaves):
+            if parameter is not None and leaf.device != parameter.device:
+                raise ShapeError(f"x's leaf {i} is on {leaf.device}, the cell's parameters are on {parameter.device}; move one to the other")
+        if parameter is not None and parameter.dtype.is_floating_point and all(v.dtype.is_floating_point for v in leaves):
+            wrong = next((v.dtype for v in leaves if v.dtype != parameter.dtype), None)
+            dtypes = {p.dtype for p in self.parameters()}
+            if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled("cpu"):
+                raise ShapeError(f"x is {wrong}, the cell's parameters are {parameter.dtype}; convert one with .to(dtype)")
+
+    def _engine(self, convention: sig.Convention, leaves: list[Tensor], start: list[Tensor]) -> Engine | str:
+        """The engine for these shapes; or, where the cell cannot be compiled but can be looped over, why."""
+        key = (
+            convention, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple((tuple(s.shape[1:]), s.dtype) for s in start),
+            leaves[0].device.type, self.training,
+        )  # fmt: skip
+        engine = self._engines.get(key)
+        if isinstance(engine, Engine) and any(not torch.equal(self._attribute(engine.plan, n), v) for n, v in engine.plan.frozen.items()):
+            engine = None  # a mask or an index table has other values now
+        if engine is None:
+            x_t = [v[:, 0] for v in leaves]
+            try:
+                plan = self._tools["compile_plan"](self.cell, convention, x_t, start)
+                engine = Engine(plan, self._tools["backends"](self.options.backend, leaves[0].device), self.options, self._tools["choose"])
+                self._tools["check"](plan, convention, self.cell, x_t, start, self._trial)
+            except (UnsupportedOpError, NotImplementedError) as error:
+                engine = str(error)
+                warnings.warn(
+                    f"{self.name} is not compiled; it runs as the plain loop. {error}", SeqparcWarning, stacklevel=4
+                )
+            self._engines[key] = engine
+        return engine
+
+    # -- running ---------------------------------------------------------------------------------------------------------
+
+    def _attribute(self, plan: Plan, name: str) -> Tensor:
+        """The present value of a tensor the cell was found to use: by name if it is the cell's own, else the object itself."""
+        if isinstance(self.cell, nn.Module) and not name.startswith("lifted_"):
+            owner: Any = self.cell
+            for part in name.split(".")[:-1]:
+                owner = getattr(owner, part)
+            return getattr(owner, name.rsplit(".", 1)[-1])  # type: ignore[no-any-return]
+        return plan.attributes[name]
+
+    def _trial(self, plan: Plan, x: list[Tensor], start: list[Tensor], make: Callable[..., Any]) -> list[Tensor]:
+        engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), self._tools["choose"])
+        return self._run(engine, x, start)[0]
+
+    def _run(self, engine: Engine, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        plan = engine.plan
+        batch, steps = x[0].shape[:2]
+        values: dict[Any, Any] = {("batch",): batch * steps}
+
+        def value(key: Any) -> Any:
+            if key not in values:
+                if key[0] == "attr":
+                    values[key] = self._attribute(plan, key[1])
+                elif key[0] == "x":
+                    values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
+            return values[key]
+
+        weights = plan.weights.run(*map(value, plan.weights.inputs))
+        if all(d is not None for d in plan.direct):
+            streams = [x[d].flatten(2) if x[d].dim() > 2 else x[d].unsqueeze(-1) for d in plan.direct if d is not None]
+        else:
+            made = plan.prelude.run(*map(value, plan.prelude.inputs))
+            values |= {("stream", i): s for i, s in enumerate(made)}
+            streams = [s.reshape(batch, steps, -1) for s in made]
+        streams = [_ready(s, plan.dtype) for s in streams]
+        params = [w.to(plan.dtype) for w in weights]
+        flat = [s.reshape(batch, -1).to(plan.dtype) for s in start]
+        results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
+        shapes = list(zip(results[: len(flat)], results[len(flat) :], plan.states, strict=True))
+        states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, _, s in shapes]
+        last = [e.reshape(batch, *s.shape).to(s.dtype) for _, e, s in shapes]
+        if plan.readout is None:
+            return states, last
+        values |= {("param", i): w for i, w in enumerate(weights)}
+        for i, (y, s) in enumerate(zip(states, start, strict=True)):
+            values["next", i] = y.flatten(0, 1)
+            if ("state", i) in plan.readout.inputs:
+                values["state", i] = torch.cat((s.unsqueeze(1).to(y.dtype), y[:, :-1]), 1).flatten(0, 1)
+        for key in plan.readout.inputs:
+            if key[0] == "stream" and key not in values:
+                d = plan.direct[key[1]]
+                assert d is not None
+                values[key] = value(("x", d))
+        outputs = plan.readout.run(*map(value, plan.readout.inputs))
+        return [o.reshape(batch, steps, *o.shape[1:]) for o in outputs], last
+
+
+def _ready(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stream as kernels read it: the arithmetic's dtype, unit last stride."""
+    stream = stream.to(dtype)
+    return stream if stream.stride(-1) == 1 or stream.shape[-1] == 1 else stream.contiguous()
+
+
