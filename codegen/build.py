@@ -26,7 +26,7 @@ from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.options import environment
 
 FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-std=gnu11", "-O2", "-march=native", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
     "-fno-trapping-math", "-fno-semantic-interposition", "-w",
 )  # fmt: skip
 

@@ -24,6 +24,8 @@ Ints = NDArray[np.int32]
 
 #: Rows of a contraction computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
 ROWS = 6
+#: Row blocks of one contraction that are written out; more become a loop over rows.
+MOST_BLOCKS = 8
 #: Bytes of stack one thread may use for a tile.
 STACK_LIMIT = 2_000_000
 
@@ -162,7 +164,7 @@ class _Printer:
                     return inner
                 case _:
                     raise TypeError(type(value).__name__)
-        out.append(f"vf {name}[U]; EACH {name}[u] = {text};{comment}")
+        out.append(f"vf {name}[U_MOST]; EACH {name}[u] = {text};{comment}")
         memo[key] = name
         return name
 
@@ -223,6 +225,8 @@ class _Printer:
         if not (isinstance(v.a, ir.Leaf) and v.a.kind == "param"):
             return self.contract_values(v, comment)
         blocks, weight = _pack(v)
+        if len(blocks) > MOST_BLOCKS:  # rows that all read something else: one loop over rows, addresses from a table
+            blocks, weight = [], v.ia.array.reshape(-1)
         leaf = np.asarray(v.a.index.array)
         same = bool((leaf == leaf[:1]).all())
         rows = leaf[:1] if same else leaf
@@ -231,6 +235,17 @@ class _Printer:
         self.packed.append(Packed(v.a.slot, ir.Index(packed)))
         w = f"w{number}" if same else f"w{number} + g * {packed.shape[1]}"
         b = self.array_name(v.b)
+        if not blocks:
+            k = v.ia.shape[1]
+            column = self.address(np.maximum(v.ib.array, 0), g="e", i="q")
+            return [
+                f"for (int64_t e = 0; e < {v.size}; e++) {{{comment}",
+                "  vf acc[U_MOST]; EACH acc[u] = sp_set1(0);",
+                f"  const real* restrict row = {w} + e * {k};",
+                f"  for (int64_t q = 0; q < {self.counts(v.ia.array)}; q++) EACH acc[u] += row[q] * {b}[{column}][u];",
+                f"  EACH a{out}[e][u] = acc[u];",
+                "}",
+            ]
         lines = []
         for block in blocks:
             k = len(block.columns)
@@ -238,10 +253,10 @@ class _Printer:
             lines += [
                 f"for (int64_t r = 0; r < {block.rows}; r += {ROWS}) {{{comment}",
                 f"  const real* restrict row = {w} + {block.offset} + r * {k};",
-                f"  vf acc[{ROWS}][U]; for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] = sp_set1(0);",
+                f"  vf acc[{ROWS}][U_MOST]; UNROLL for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] = sp_set1(0);",
                 f"  for (int64_t q = 0; q < {k}; q++)",
                 f"    UNROLL for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] += row[q * {ROWS} + j] * {b}[{column}][u];",
-                f"  for (int j = 0; j < {ROWS}; j++) EACH a{out}[{block.first} + r + j][u] = acc[j][u];",
+                f"  UNROLL for (int j = 0; j < {ROWS}; j++) EACH a{out}[{block.first} + r + j][u] = acc[j][u];",
                 "}",
             ]
         return lines
@@ -263,7 +278,7 @@ class _Printer:
         a, b = operand(v.a, v.ia.array), operand(v.b, v.ib.array)
         return [
             f"for (int64_t e = 0; e < {v.size}; e++) {{{comment}",
-            "  vf acc[U]; EACH acc[u] = sp_set1(0);",
+            "  vf acc[U_MOST]; EACH acc[u] = sp_set1(0);",
             f"  for (int64_t q = 0; q < {counts}; q++) EACH acc[u] += {a} * {b};",
             f"  EACH a{out}[e][u] = acc[u];",
             "}",
@@ -287,7 +302,7 @@ class _Printer:
         start = "0" if v.fold == "sum" else "-INFINITY"
         return [
             f"for (int64_t e = 0; e < {v.size}; e++) {{",
-            f"  vf acc[U]; EACH acc[u] = sp_set1({start});",
+            f"  vf acc[U_MOST]; EACH acc[u] = sp_set1({start});",
             f"  for (int64_t q = 0; q < {counts}; q++) EACH {step};",
             f"  EACH a{out}[e][u] = acc[u];",
             "}",

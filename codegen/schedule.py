@@ -120,20 +120,36 @@ def _addressable(value: Value) -> bool:
 
 
 def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:
-    """A target as runs (first element, source, the source's elements) that each read one source."""
-    if not isinstance(value, ir.Gather) or value in stored:
-        return [(0, value, np.arange(value.size, dtype=np.int32))]
-    which = value.which.array
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(which)) + 1])
+    """A target as runs (first element, source, the source's elements) within which every gather reads one source."""
+    parts = _segments(value, stored, {})
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(parts)) + 1]).astype(int)
     if len(starts) > MOST_PIECES:
-        raise TooIrregularError(f"a gather of {value.size} elements in {len(starts)} pieces")
-    pieces = []
-    for start, stop in zip(starts, [*starts[1:], value.size], strict=True):
-        j = int(which[start])
-        source = ir.const(0.0) if j < 0 else value.sources[j]
-        position = np.zeros(stop - start, np.int32) if j < 0 else value.index.array[start:stop]
-        pieces.append((int(start), source, position))
-    return pieces
+        raise TooIrregularError(f"a value of {value.size} elements falls into {len(starts)} pieces")
+    stops = [*starts[1:], value.size]
+    return [(int(i), value, np.arange(i, j, dtype=np.int32)) for i, j in zip(starts, stops, strict=True)]
+
+
+def _segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints:
+    """A number per element; elements of equal number read the same sources all the way down to what is stored."""
+    if value in done:
+        return done[value]
+    parts = np.zeros(value.size, np.int64)
+    if value not in stored:
+        match value:
+            case ir.Map(operands=operands):
+                parts = _combine([_segments(a, stored, done) for a in operands])
+            case ir.Gather(sources=sources, which=which, index=index):
+                inner = np.zeros(value.size, np.int64)
+                for j, source in enumerate(sources):
+                    at = which.array == j
+                    inner[at] = _segments(source, stored, done)[index.array[at]]
+                parts = _combine([which.array.astype(np.int64), inner])
+    done[value] = parts
+    return parts
+
+
+def _combine(columns: list[Ints]) -> Ints:
+    return np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _loops(targets: list[Target], arrays: dict[Value, int]) -> list[Loop]:

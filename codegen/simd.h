@@ -6,9 +6,17 @@
  * Right under -ffp-contract=fast and without fused multiply-add; wrong under -ffast-math, which forgets NaN and reassociates
  * the rounding trick below. Rounding to nearest is assumed; denormals are kept, in arguments and in results.
  *
- * The inlined functions, by largest error in ulp (against the correctly rounded value; with fma / without) and time in ns
- * per element: "flow" is throughput, "wait" the latency of one vector in a chain where each call needs the one before.
-@TABLE@
+ * The inlined functions: error in ulp, the largest distance from the correctly rounded value (float: every argument with
+ * 1e-5 < |x| < 110; double: 6 million random ones); "flow", ns per element of a long array; "wait", ns per vector in a chain
+ * where each call needs the one before, one multiply-add between them included. AVX2 with fma / SSE2, gcc 12 -O3, AMD EPYC
+ * at 2.45 GHz, a core of a shared machine.
+ *
+ *              float                                  double
+ *              ulp      flow         wait             ulp      flow         wait
+ *   exp        1 / 1    0.53 / 1.7   14 / 18          1 / 1    1.3 / 3.7    16 / 21
+ *   sigmoid    2 / 2    0.59 / 1.9   17 / 21          2 / 2    1.5 / 4.2    20 / 25
+ *   tanh       2 / 2    0.65 / 2.0   18 / 22          2 / 2    1.5 / 4.3    21 / 26
+ *   log        1 / 1    0.82 / 2.2   22 / 25          1 / 1    2.0 / 5.6    27 / 30
  */
 #include <math.h>
 #include <stdint.h>
@@ -73,7 +81,7 @@ typedef real vuf __attribute__((vector_size(SP_BYTES), aligned(sizeof(real)), ma
 
 /* ---- Moving data ---- */
 
-SP_FN vf sp_set1(real x) { return (vf){0} + x; }
+SP_FN vf sp_set1(real x) { return x - (vf){0}; } /* not x + 0, which loses the sign of -0 */
 SP_FN vf sp_load(const real *p) { return *(const vuf *)p; }
 SP_FN void sp_store(real *p, vf x) { *(vuf *)p = x; }
 
@@ -125,13 +133,18 @@ SP_FN vf sp_exp2_bits(sp_vu n) { return (vf)((vi)(n << SP_MANTISSA) + SP_ONE_BIT
 SP_FN vf sp_expm1_core(vf r, real c) {
 #define SP_C(k) (SP_P[k] * c * (real)((sp_int)c == 2 ? 1 << (k) : 1))
   vf r2 = r * r, r4 = r2 * r2;
-  vf low = r + r2 * (SP_C(0) + SP_C(1) * r);
+  vf low = r2 * (SP_C(0) + SP_C(1) * r);
 #if SP_DOUBLE
   vf p = (SP_C(2) + SP_C(3) * r) + r2 * (SP_C(4) + SP_C(5) * r);
   vf q = (SP_C(6) + SP_C(7) * r) + r2 * (SP_C(8) + SP_C(9) * r);
-  return low + r4 * (p + r4 * q);
+  vf high = p + r4 * q;
 #else
-  return low + r4 * ((SP_C(2) + SP_C(3) * r) + r2 * SP_C(4));
+  vf high = (SP_C(2) + SP_C(3) * r) + r2 * SP_C(4);
+#endif
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+  return (r + low) + r4 * high; /* an addition less in the chain, for one more rounding, which tanh can afford only here */
+#else
+  return r + (low + r4 * high);
 #endif
 #undef SP_C
 }
@@ -159,14 +172,15 @@ SP_FN vf sp_sigmoid(vf x) {
   return sp_select((vi)(x < SP_EXP_LEAST), sp_set1(0), y);
 }
 
-/* (exp(2|x|) - 1) / (exp(2|x|) + 1), the division being the only one. With exp(2|x|) = s (1 + 2m) the numerator is
- * 2 s m + (s - 1): near zero s = 1, nothing cancels, and the relative error stays small without a second branch. */
+/* (1 - e) / (1 + e) with e = exp(-2|x|) = s (1 + 2m), the division being the only one. The numerator is (1 - s) - 2sm: near
+ * zero s = 1, nothing cancels, and the relative error stays small without a second branch. The minus matters: from
+ * exp(2|x|), m is a little more than x and may have a coarser last bit than the result. */
 SP_FN vf sp_tanh(vf x) {
   vf z = sp_abs(x);
-  vf t = z * (2 * SP_LOG2E) + SP_MAGIC, n = t - SP_MAGIC;
-  vf m = sp_expm1_core(z - n * (SP_LN2_HI / 2) - n * (SP_LN2_LO / 2), 2);
+  vf t = SP_MAGIC - z * (2 * SP_LOG2E), n = t - SP_MAGIC;
+  vf m = sp_expm1_core(-z - n * (SP_LN2_HI / 2) - n * (SP_LN2_LO / 2), 2);
   vf s = sp_exp2_bits((sp_vu)t), s2 = s + s;
-  vf y = ((s - 1) + s2 * m) / ((s + 1) + s2 * m);
+  vf y = ((1 - s) - s2 * m) / ((1 + s) + s2 * m);
   y = sp_select((vi)(z > SP_TANH_ONE), sp_set1(1), y);
   return (vf)((vi)y | sp_sign_bits(x));
 }

@@ -32,17 +32,17 @@ _HEAD = """\
 #define LOAD_SAME sp_gather
 #endif
 #define LOAD_ANY sp_gather
-#define KEEP(v) (masked ? sp_where(live[u], (v), sp_set1(0)) : (v))
+// The last steps of a tile whose chunks differ in length are not full: some lanes are done, and keep what they have.
+#define KEEP(v) (full ? (v) : sp_where(live[u], (v), sp_set1(0)))
 #define STORE_SAME STORE_ANY
-#define STORE_ANY(p, o, v) put((p), (o), (v), masked ? length + u * W : 0, k)
+#define STORE_ANY(p, o, v) do {{ if (full) sp_scatter((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); }} while (0)
 #if SIDE_BY_SIDE
-#define STORE_SIDE(p, o, v) do {{ if (!masked || k < length[u * W]) sp_store((p) + (o)[0], (v)); }} while (0)
+#define STORE_SIDE(p, o, v) do {{ if (k < length[u * W]) sp_store((p) + (o)[0], (v)); }} while (0)
 #else
 #define STORE_SIDE STORE_ANY
 #endif
 
-INLINE void put(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {{
-  if (!length) {{ sp_scatter(p, o, v); return; }}
+static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {{
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }}
 """
@@ -89,6 +89,15 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             fields.append(f"z{s}")
     unpack = [line.replace("const real* const ", "real* const ") for line in unpack]
 
+    offsets = np.concatenate([[0], np.cumsum(program.state_sizes)])
+    rows = []  # where each state value lies in a row of start and end: what to add, and the lanes' offsets
+    for v in program.state:
+        index = v.index.array + offsets[v.slot]
+        if p.scalar:
+            group, offset, _ = p.lane_group("r", 0, index)
+            rows.append((str(offset), f"o{group}"))
+        else:
+            rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
     out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=width)]
     out += p.declared
@@ -103,7 +112,9 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             lane = f"{how}[lane_g[l]]" if isinstance(how, str) else ("0" if how == 0 else f"lane_g[l] * {how}")
             main.append(f"int64_t o{number}[U_MOST * W];")
             main.append(
-                f"for (int l = 0; l < U * W; l++) o{number}[l] = lane_b[l] * {kind}{slot}_b + t0[lane_c[l]] * {kind}{slot}_t + {lane};"
+                f"for (int l = 0; l < U * W; l++) o{number}[l] = lane_r[l] + {lane};"
+                if kind == "r"
+                else f"for (int l = 0; l < U * W; l++) o{number}[l] = lane_b[l] * {kind}{slot}_b + t0[lane_c[l]] * {kind}{slot}_t + {lane};"
             )
     else:
         for kind, slots in (("x", streams), ("y", emits)):
@@ -114,35 +125,31 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         main.append(f"vf p[{len(p.param_regs)}][U_MOST];")
         for leaf, number in p.param_regs.items():
             main.append(
-                f"EACH for (int l = 0; l < W; l++) p[{number}][u][l] = p{leaf.slot}[{p.address(leaf.index.array, 'lane_g[u * W + l]', '0')}];"
+                f"for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) p[{number}][u][l] = p{leaf.slot}[{p.address(leaf.index.array, 'lane_g[u * W + l]', '0')}];"
             )
     main += ["#define G(l) " + ("lane_g[l]" if p.scalar else "g")]
-    offsets = np.concatenate([[0], np.cumsum(program.state_sizes)])
-    for (name, size), v in zip(states, program.state, strict=True):
-        main.append(f"vf {name}[{size}][U_MOST];")
-        at = p.address(v.index.array + offsets[v.slot], "G(u * W + l)", "i")
-        main.append(f"for (int64_t i = 0; i < {size}; i++) EACH for (int l = 0; l < W; l++) {name}[i][u][l] = start[lane_r[u * W + l] + {at}];")
+    for (name, size), (at, lane) in zip(states, rows, strict=True):
+        main.append(f"vf {name}[{size}][U_MOST]; {_for(size)}EACH {name}[{_i(size)}][u] = sp_gather(start + {at}, {lane} + u * W);")
     for name, size in sums:
         main.append(f"vf {name}[{size}][U_MOST]; for (int64_t i = 0; i < {size}; i++) EACH {name}[i][u] = sp_set1(0);")
     main += [f"vf {name}[{size}][U_MOST];" for name, size in (*arrays, *following)]
     step = [
-        "vf live[U_MOST]; if (masked) EACH for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
+        "const int full = k < shortest;",
+        "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
         *body,
         *(
-            f"{_for(size)}EACH {s}[{_i(size)}][u] = masked ? sp_where(live[u], {n}[{_i(size)}][u], {s}[{_i(size)}][u]) : {n}[{_i(size)}][u];"
+            f"{_for(size)}EACH {s}[{_i(size)}][u] = full ? {n}[{_i(size)}][u] : sp_where(live[u], {n}[{_i(size)}][u], {s}[{_i(size)}][u]);"
             for (s, size), (n, _) in zip(states, following, strict=True)
         ),
     ]
-    main += ["int64_t k = 0;", "{ enum { masked = 0 }; for (; k < shortest; k++) {", *("  " + s for s in step), "} }"]
-    main += ["{ enum { masked = 1 }; for (; k < longest; k++) {", *("  " + s for s in step), "} }"]
-    for (name, size), v in zip(states, program.state, strict=True):
-        at = p.address(v.index.array + offsets[v.slot], "G(u * W + l)", "i")
-        main.append(f"for (int64_t i = 0; i < {size}; i++) EACH for (int l = 0; l < W; l++) end[lane_r[u * W + l] + {at}] = {name}[i][u][l];")
+    main += ["for (int64_t k = 0; k < longest; k++) {", *("  " + line for line in step), "}"]
+    for (name, size), (at, lane) in zip(states, rows, strict=True):
+        main.append(f"{_for(size)}EACH sp_scatter(end + {at}, {lane} + u * W, {name}[{_i(size)}][u]);")
     for (name, size), s in zip(sums, program.sums, strict=True):
         at = p.address(s.index.array, "G(u * W + l)", "i")
         total = program.sum_sizes[s.slot]
         main.append(
-            f"if (z{s.slot}) for (int64_t i = 0; i < {size}; i++) EACH for (int l = 0; l < W; l++) "
+            f"if (z{s.slot}) for (int64_t i = 0; i < {size}; i++) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) "
             f"z{s.slot}[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * {total} + {at}] = {name}[i][u][l];"
         )
     main.append("#undef G")

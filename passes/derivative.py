@@ -70,8 +70,14 @@ class Adjoint:
 
 
 def _add(a: Value | None, b: Value | None) -> Value | None:
+    """The sum of two cotangents; two that fill each other's holes are put together instead."""
     if a is None or b is None:
         return a if b is None else b
+    if isinstance(a, ir.Gather) and isinstance(b, ir.Gather):
+        mine = a.which.array >= 0
+        if not (mine & (b.which.array >= 0)).any():
+            which = np.where(mine, a.which.array, np.where(b.which.array < 0, -1, b.which.array + len(a.sources)))
+            return ir.gather((*a.sources, *b.sources), which, np.where(mine, a.index.array, b.index.array))
     return ir.map_("add", a, b)
 
 
