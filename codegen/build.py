@@ -49,14 +49,14 @@ class Key:
 
 def load(source: str) -> tuple[ctypes.CDLL, Path]:
     """The compiled library of a source, from the cache if it is there, and where its source lies."""
-    compiler, version = _compiler()
-    key = Key(source, f"{compiler} {version}", FLAGS, _machine()).digest()
+    command, version = compiler()
+    key = Key(source, f"{command} {version}", FLAGS, _machine()).digest()
     folder = cache_folder()
     path = folder / f"{key}.so"
     if not _intact(path):
         with filelock.FileLock(str(folder / f"{key}.lock")):
             if not _intact(path):
-                _compile(compiler, source, path)
+                _compile(command, source, path)
     try:
         return ctypes.CDLL(str(path)), path.with_suffix(".c")
     except OSError as error:
@@ -104,7 +104,7 @@ def _find(name: str, search: str) -> tuple[str, str]:
     return found, version
 
 
-def _compiler() -> tuple[str, str]:
+def compiler() -> tuple[str, str]:
     search = os.environ.get("PATH", "")
     asked = environment("CC")
     if asked:

@@ -10,7 +10,9 @@ The generated text is meant to be read: see `CKernel.source`.
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, 
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 
-Ints = NDArray[np.int32]
+Ints = NDArray[np.integer[Any]]
 
 #: Rows of a contraction computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
 ROWS = 6
@@ -211,7 +213,8 @@ class _Printer:
                 if self.scalar:
                     group, offset, mode = self.lane_group("y", s.slot, index)
                     return [f"if (y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
-                return [f"if (y{s.slot}) EACH STORE_ANY(y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t, y{s.slot}_o + u * W, {name});"]
+                at = f"y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t"
+                return [f"if (y{s.slot}) EACH STORE_ANY({at}, y{s.slot}_o + u * W, {name});"]
 
     def array_name(self, value: Value) -> str:
         if value in self.plan.arrays:
@@ -327,13 +330,13 @@ def _pack(v: ir.Contract) -> tuple[list[_Block], Ints]:
             ia, ib = wide, np.broadcast_to(union.astype(np.int32), wide.shape)
     starts = np.concatenate([[0], np.flatnonzero((np.diff(ib, axis=0) != 0).any(1)) + 1, [len(ib)]])
     blocks, pieces, offset = [], [], 0
-    for first, stop in zip(starts[:-1], starts[1:], strict=True):
-        rows = int(stop - first)
+    for first, stop in itertools.pairwise(starts.tolist()):
+        rows = stop - first
         padded = -(-rows // ROWS) * ROWS
         block = np.full((padded, ib.shape[1]), -1, np.int32)
         block[:rows] = ia[first:stop]
         pieces.append(block.reshape(-1, ROWS, ib.shape[1]).transpose(0, 2, 1).reshape(-1))
-        blocks.append(_Block(int(first), rows, np.maximum(ib[first], 0).astype(np.int32), offset))
+        blocks.append(_Block(first, rows, np.maximum(ib[first], 0).astype(np.int32), offset))
         offset += block.size
     return blocks, np.concatenate(pieces)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from seqparc import ir
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 
-Ints = NDArray[np.int32]
+Ints = NDArray[np.integer[Any]]
 Role = Literal["array", "next", "emit", "sum"]
 
 #: Pieces a stored gather may fall into before the generated code would be worse than the fallback.
@@ -133,13 +133,13 @@ def _segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints
     """A number per element; elements of equal number read the same sources all the way down to what is stored."""
     if value in done:
         return done[value]
-    parts = np.zeros(value.size, np.int64)
+    parts: Ints = np.zeros(value.size, np.int64)
     if value not in stored:
         match value:
             case ir.Map(operands=operands):
                 parts = _combine([_segments(a, stored, done) for a in operands])
             case ir.Gather(sources=sources, which=which, index=index):
-                inner = np.zeros(value.size, np.int64)
+                inner: Ints = np.zeros(value.size, np.int64)
                 for j, source in enumerate(sources):
                     at = which.array == j
                     inner[at] = _segments(source, stored, done)[index.array[at]]

@@ -124,9 +124,8 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     if p.param_regs:
         main.append(f"vf p[{len(p.param_regs)}][U_MOST];")
         for leaf, number in p.param_regs.items():
-            main.append(
-                f"for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) p[{number}][u][l] = p{leaf.slot}[{p.address(leaf.index.array, 'lane_g[u * W + l]', '0')}];"
-            )
+            at = p.address(leaf.index.array, "lane_g[u * W + l]", "0")
+            main.append(f"for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) p[{number}][u][l] = p{leaf.slot}[{at}];")
     main += ["#define G(l) " + ("lane_g[l]" if p.scalar else "g")]
     for (name, size), (at, lane) in zip(states, rows, strict=True):
         main.append(f"vf {name}[{size}][U_MOST]; {_for(size)}EACH {name}[{_i(size)}][u] = sp_gather(start + {at}, {lane} + u * W);")
@@ -145,12 +144,12 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     main += ["for (int64_t k = 0; k < longest; k++) {", *("  " + line for line in step), "}"]
     for (name, size), (at, lane) in zip(states, rows, strict=True):
         main.append(f"{_for(size)}EACH sp_scatter(end + {at}, {lane} + u * W, {name}[{_i(size)}][u]);")
-    for (name, size), s in zip(sums, program.sums, strict=True):
-        at = p.address(s.index.array, "G(u * W + l)", "i")
-        total = program.sum_sizes[s.slot]
+    for (name, size), store in zip(sums, program.sums, strict=True):
+        at = p.address(store.index.array, "G(u * W + l)", "i")
+        total = program.sum_sizes[store.slot]
         main.append(
-            f"if (z{s.slot}) for (int64_t i = 0; i < {size}; i++) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) "
-            f"z{s.slot}[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * {total} + {at}] = {name}[i][u][l];"
+            f"if (z{store.slot}) for (int64_t i = 0; i < {size}; i++) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) "
+            f"z{store.slot}[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * {total} + {at}] = {name}[i][u][l];"
         )
     main.append("#undef G")
     out += ["  " + line if not line.startswith("#") else line for line in main]
@@ -218,8 +217,9 @@ def _entry(p: _Printer, width: int) -> list[str]:
     else:
         count = ["  const int64_t vectors = (args[0] * args[1] + W - 1) / W;"]
         blocks = "(vectors + {u} - 1) / {u} * " + str(lanes)
-    lines = ["// Vectors of lanes in hardware, and vectors per tile.", "int seqparc_width(void) { return W; }", "int seqparc_tile(void) { return U_MOST; }"]
-    lines += ["", "void seqparc_run(const int64_t* args) {", "  const int threads = (int)args[2];", *count]
+    lines = ["// Vectors of lanes in hardware, and vectors per tile.", "int seqparc_width(void) { return W; }"]
+    lines += ["int seqparc_tile(void) { return U_MOST; }", "", "void seqparc_run(const int64_t* args) {"]
+    lines += ["  const int threads = (int)args[2];", *count]
     choices = [1, width] if width != 1 else [1]
     for i, u in enumerate(reversed(choices)):
         condition = f"if (vectors >= {u} * threads{'' if p.scalar else ' || vectors > 1'})" if u != 1 else "else" if i else ""

@@ -19,6 +19,7 @@ that overrides its own gradient is handled where the cell is traced, and its Jac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from seqparc.ir import Index, Leaf, Program, Store, Value
 from seqparc.ops import OPS
 from seqparc.passes.symbolic import carry
 
-Ints = NDArray[np.int32]
+Ints = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -184,32 +185,29 @@ def adjoint(program: Program) -> Adjoint:
     before_step = [mode.bar.get(stored[v]) or ir.const(0.0, v.size) for v in program.state]
     emits: list[Store] = []
     sums: list[Store] = []
-    emit_sizes, sum_sizes = list(program.stream_sizes), []
+    emit_sizes = list(program.stream_sizes)
+    sum_sizes: list[int] = []
     found = [v for v in mode.order if isinstance(v, Leaf)]
 
     streams: list[Emitted] = []
-    for slot, size in enumerate(program.stream_sizes):
+    for slot in range(n_streams):
         columns, total = _collect([v for v in found if v.kind == "stream" and v.slot == slot], mode)
         if total is None:
             continue
         flat = columns.reshape(-1)
         direct = np.unique(flat).size == flat.size
-        where = slot
+        where, layout = (slot, columns) if direct else (len(emit_sizes), np.arange(flat.size).reshape(columns.shape))
         if not direct:
-            where, columns_out = len(emit_sizes), np.arange(flat.size).reshape(columns.shape)
             emit_sizes.append(flat.size)
-        else:
-            columns_out = columns
-        emits.append(Store(where, Index(columns_out), total))
+        emits.append(Store(where, Index(layout), total))
         streams.append(Emitted(where, slot, Index(columns), direct))
-        del size
 
     params: list[Emitted] = []
     for slot in range(len(program.param_sizes)):
         columns, total = _collect([v for v in found if v.kind == "param" and v.slot == slot], mode)
         if total is not None:
-            where = Index(np.arange(columns.size).reshape(columns.shape))
-            sums.append(Store(len(sum_sizes), where, total))
+            numbers = Index(np.arange(columns.size).reshape(columns.shape))
+            sums.append(Store(len(sum_sizes), numbers, total))
             params.append(Emitted(len(sum_sizes), slot, Index(columns), False))
             sum_sizes.append(columns.size)
 

@@ -25,7 +25,9 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def choose(options: Options, *, steps: int, lanes: int, wanted: int, n: int, exact_possible: bool, affine: bool, warmup: int | None) -> Choice:
+def choose(
+    options: Options, *, steps: int, lanes: int, wanted: int, n: int, exact_possible: bool, affine: bool, warmup: int | None
+) -> Choice:
     """Decide for `steps` steps of `lanes` lanes (batch × lanes of the program) of n numbers on a device filled by `wanted`."""
     strategy, reasons = options.strategy, []
     best = max(1, -(-wanted // max(1, lanes)))

@@ -21,17 +21,22 @@ from seqparc.errors import (
     UnsupportedOpError,
 )
 from seqparc.options import Options
+from seqparc.passes.strategy import choose
 from seqparc.plan import Stats
-from seqparc.runtime.module import CompiledRNN
+from seqparc.runtime.module import TOOLS, CompiledRNN
+from seqparc.version import __version__
 
-__version__ = "0.1.0.dev0"
+
+def _explain(*args: Any) -> Any:
+    from seqparc.explain import explain  # brings what only people's eyes need: SymPy, rich
+
+    return explain(*args)
 
 
-def _tools() -> dict[str, Any]:
-    """The stages a compiled module calls; kept apart so that the runtime does not import them."""
-    from seqparc.passes.strategy import choose
+def _validate(*args: Any) -> Any:
+    from seqparc.validate import validate
 
-    return {"compile_plan": compile_plan, "check": check, "backends": _backends, "choose": choose}
+    return validate(*args)
 
 
 def _backends(asked: str, device: torch.device) -> list[tuple[str, Any]]:
@@ -79,10 +84,27 @@ def compile(
         return construct
     if not callable(cell):
         raise SignatureError(f"a cell is an nn.Module or a function of one step, not {type(cell).__name__}")
-    return CompiledRNN(cell, state=state, signature=signature, options=chosen, name=name, tools=_tools())
+    return CompiledRNN(cell, state=state, signature=signature, options=chosen, name=name)
 
+
+TOOLS.update(
+    compile_plan=compile_plan, check=check, backends=_backends, choose=choose, explain=_explain, validate=_validate
+)
 
 __all__ = [
-    "CompiledRNN", "ConvergenceError", "InternalError", "Options", "SeqparcError", "SeqparcWarning", "ShapeError", "SignatureError",
-    "StateError", "Stats", "ToolchainError", "TraceError", "UnsupportedOpError", "compile",
+    "CompiledRNN",
+    "ConvergenceError",
+    "InternalError",
+    "Options",
+    "SeqparcError",
+    "SeqparcWarning",
+    "ShapeError",
+    "SignatureError",
+    "StateError",
+    "Stats",
+    "ToolchainError",
+    "TraceError",
+    "UnsupportedOpError",
+    "__version__",
+    "compile",
 ]  # fmt: skip

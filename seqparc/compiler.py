@@ -29,9 +29,9 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     from seqparc.passes import dependency, derivative, lanes
 
     begin = time.perf_counter()
-    traces = [trace(cell, convention, x, state, b) for b in BATCH_SIZES]  # two recordings: fx graphs of ATen operations
+    first, second = (trace(cell, convention, x, state, b) for b in BATCH_SIZES)  # two recordings: fx graphs of ATen operations
     counts = (len(x), len(state), convention.out.count if convention.out is not None else 0)
-    graph = unify(*traces, BATCH_SIZES, counts)  # -> Graph, for any batch size
+    graph = unify(first, second, BATCH_SIZES, counts)  # -> Graph, for any batch size
     lowered = lower(graph)  # -> Lowered: the core as a Program with one lane
     structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
     program = lanes.split_lanes(lowered.program, structure)  # -> Program of one lane

@@ -45,7 +45,7 @@ def _linear(batch: int, per_sample: int, constant: int) -> int:
 
 def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int, int, int]) -> Graph:
     """One graph out of recordings at two batch sizes; `counts`: x leaves, state leaves, out leaves."""
-    n_x, n_state, n_out = counts
+    n_x, _, n_out = counts
     nodes_a, nodes_b = list(first.graph.nodes), list(second.graph.nodes)
     if [str(n.target) for n in nodes_a] != [str(n.target) for n in nodes_b]:
         raise TraceError(
@@ -54,7 +54,8 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
     graph = fx.Graph()
     batch = graph.placeholder("batch")
     batch.meta.update(kind="const", key=("batch",))
-    made: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, fx.Node] = {}  # from the first recording
+    twin: dict[fx.Node, fx.Node] = {}  # from the second
 
     def merge(a: Any, b: Any, node: fx.Node) -> Any:
         if isinstance(a, fx.Node):
@@ -93,17 +94,17 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
             node = graph.placeholder(node_a.name)
         node.meta.update({k: v for k, v in node_a.meta.items() if k in ("val", "src")})
         made[node_a] = node
-        statics = []
-        for source, to in ((node_a, lambda n: made[n]), (node_b, lambda n, m=dict(zip(nodes_b, nodes_a, strict=True)): made[m[n]])):
-            statics.append((fx.map_arg(source.args, to), fx.map_arg(source.kwargs, to)))
-        node.meta["static"] = tuple(statics)
+        twin[node_b] = node
+        node.meta["static"] = tuple(
+            (fx.map_arg(source.args, to.__getitem__), fx.map_arg(source.kwargs, to.__getitem__))
+            for source, to in ((node_a, made), (node_b, twin))
+        )
     inputs = [made[n] for n in first.inputs]
     outputs = [made[n] for n in first.outputs]
     for role, nodes in (("x", inputs[:n_x]), ("state", inputs[n_x:])):
         for i, node in enumerate(nodes):
             node.meta.update(key=(role, i), kind=role)
     _classify(graph)
-    del n_state
     return Graph(graph, inputs[:n_x], inputs[n_x:], outputs[:n_out], outputs[n_out:], first.attributes, batch, sizes)
 
 

@@ -263,8 +263,8 @@ def contract(a: Value, b: Value, ia: ArrayLike, ib: ArrayLike, src: Source | Non
     return _intern((Contract, a, b, xa, xb), lambda: Contract(ia.shape[0], a, b, xa, xb, src))  # type: ignore[no-any-return]
 
 
-def reduce_(fold: Fold, x: Value, index: ArrayLike, src: Source | None = None) -> Value:
-    idx = Index(index)
+def reduce_(fold: Fold, x: Value, index: ArrayLike | Index, src: Source | None = None) -> Value:
+    idx = index if isinstance(index, Index) else Index(index)
     return _intern((Reduce, fold, x, idx), lambda: Reduce(idx.shape[0], fold, x, idx, src))  # type: ignore[no-any-return]
 
 

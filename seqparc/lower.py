@@ -23,7 +23,7 @@ from seqparc.graphs import Graph
 from seqparc.ir import Value
 from seqparc.ops import ATEN, SPLITS, VIEWS
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> Any:
         kind, target = node.meta["kind"], str(node.target)
-        val = node.meta.get("val")
+        val: Any = node.meta.get("val")
         if isinstance(val, torch.Tensor) and val.dtype.is_floating_point:
             if kind == "state":
                 self.dtypes.add(val.dtype)
@@ -384,7 +384,8 @@ class Lowering:
         extra = {k: v for k, v in kwargs.items() if k not in ("memory_format", "dtype", "device", "layout", "pin_memory")}
         if str(node.target) == "aten.constant_pad_nd.default" and len(args) > 2 and args[2]:
             raise UnsupportedOpError(f"{node.meta.get('src')}: padding the state with a number other than zero")
-        parts = self.move(node, [source], lambda c: node.target(c[0], *rest, **extra))
+        operation: Any = node.target
+        parts = self.move(node, [source], lambda c: operation(c[0], *rest, **extra))
         return parts if str(node.target) in SPLITS else parts[0]
 
     def _static_index(self, argument: Any) -> Any:

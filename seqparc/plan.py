@@ -34,11 +34,10 @@ class Plan:
     structure: Any  # seqparc.passes.dependency.Structure
     attributes: dict[str, torch.Tensor]
     frozen: dict[str, torch.Tensor]  # tensors whose values the structure relies on
-    source_lines: tuple[str, ...] = ()
+    adjoint: Callable[[], Any]
+    jacobian: Callable[[], Any]
+    adjoint_jacobian: Callable[[], Any]
     notes: list[str] = field(default_factory=list)
-    adjoint: Callable[[], Any] | None = None
-    jacobian: Callable[[], Any] | None = None
-    adjoint_jacobian: Callable[[], Any] | None = None
     compile_seconds: float = 0.0
 
     @property

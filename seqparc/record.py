@@ -71,7 +71,7 @@ def _geometry(t: torch.Tensor) -> tuple[Any, ...]:
 
 def _offsets(t: torch.Tensor) -> torch.Tensor:
     """The storage offsets a tensor occupies."""
-    at = torch.full((), t.storage_offset(), dtype=torch.int64)
+    at = torch.full((), int(t.storage_offset()), dtype=torch.int64)
     for n, s in zip(t.shape, t.stride(), strict=True):
         at = (at.unsqueeze(-1) + torch.arange(n) * s).flatten() if n else at.new_empty(0)
     return at.flatten()
@@ -143,7 +143,7 @@ class _Recorder(TorchDispatchMode):
         """The current value of a whole storage, flat."""
         if storage.base is None:
             t = storage.first
-            order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+            order = sorted(range(t.dim()), key=lambda d: (-t.stride()[d], d))
             dense = t.permute(order)
             if not dense.is_contiguous() or t.storage_offset() or t.numel() * t.element_size() != t.untyped_storage().nbytes():
                 where = user_source()
@@ -243,12 +243,15 @@ class _Recorder(TorchDispatchMode):
                 f"{user_source() or 'the cell'} changes {origin} in place. A cell must return its new state and leave its "
                 "inputs, parameters and buffers as they are: write h = h + u instead of h += u, or clone first."
             )
+        functional: Any
+        fargs: tuple[Any, ...]
+        fkw: dict[str, Any] = {}
         if packet == "copy_":
-            functional, fargs, fkw = _copied, (args[1], list(args[0].shape), args[0].dtype), {}
+            functional, fargs = _copied, (args[1], list(args[0].shape), args[0].dtype)
         elif packet in ("fill_", "zero_"):
             value = args[1] if packet == "fill_" else 0
             if isinstance(value, torch.Tensor):
-                functional, fargs, fkw = _copied, (value, list(args[0].shape), args[0].dtype), {}
+                functional, fargs = _copied, (value, list(args[0].shape), args[0].dtype)
             else:
                 functional, fargs, fkw = aten.full.default, (list(args[0].shape), value), {"dtype": args[0].dtype}
         else:

@@ -1,394 +1,333 @@
-"""How a cell wants to be called and what it returns, found out by its parameter names and by trying."""
+"""How a cell wants to be called, what it returns and what state it starts from: found out by names and by trying."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seqparc.errors import ShapeError, SignatureError, StateError
+from seqparc.convention import HELP, Convention, Order, called, declared_order, orders, parameters_of
+from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
+from seqparc.tree import LEAF, Structure, describe, flatten, seen
 
-_X_NAMES = frozenset("x x_t xt xs inp inps input inputs input_ u u_t ut data obs observation token tokens emb frame features".split())
-_STATE_NAMES = frozenset(
-    """h h_t ht hx hidden hidden_state state states s s_t carry prev prev_state previous h_prev hprev h0 c c_t ct cx cell_state cell
-    mem memory v membrane m n last_state old_state recurrent""".split()
-)
-_HELP = 'Say it with signature="x, state -> out, state" (or "state, x -> state", "x, h, c -> h, c").'
+__all__ = ["Convention", "Structure", "broadcast_state", "called", "describe", "discover", "flatten", "initial_state"]
 
-
-# -- trees of tensors ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The shape of a tree of tensors: `kind` is "leaf" or how to build the node; children in order."""
-
-    kind: str
-    build: Any = None  # the class of a named tuple or dataclass
-    names: tuple[Any, ...] = ()
-    children: tuple[Structure, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Number of tensors."""
-        return 1 if self.kind == "leaf" else sum(c.count for c in self.children)
-
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
-        """The tree with these leaves."""
-        if self.kind == "leaf":
-            return leaves[0]
-        parts, at = [], 0
-        for child in self.children:
-            parts.append(child.unflatten(leaves[at : at + child.count]))
-            at += child.count
-        match self.kind:
-            case "tuple":
-                return tuple(parts)
-            case "list":
-                return parts
-            case "dict":
-                return dict(zip(self.names, parts, strict=True))
-            case "namedtuple":
-                return self.build(*parts)
-            case _:
-                return self.build(**dict(zip(self.names, parts, strict=True)))
-
-    def __str__(self) -> str:
-        inner = ", ".join(map(str, self.children))
-        match self.kind:
-            case "leaf":
-                return "tensor"
-            case "tuple":
-                return f"({inner})"
-            case "list":
-                return f"[{inner}]"
-            case "dict":
-                return "{" + ", ".join(f"{n!r}: {c}" for n, c in zip(self.names, self.children, strict=True)) + "}"
-            case _:
-                return f"{self.build.__name__}({inner})"
-
-
-def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
-    """The tensors of a tree in order, and its structure. Raises ShapeError for anything else in it."""
-    if isinstance(tree, Tensor):
-        return [tree], Structure("leaf")
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        kind, build, names, parts = "namedtuple", type(tree), tuple(tree._fields), list(tree)
-    elif isinstance(tree, (tuple, list)):
-        kind, build, names, parts = type(tree).__name__ if type(tree) in (tuple, list) else "tuple", None, (), list(tree)
-    elif isinstance(tree, dict):
-        kind, build, names, parts = "dict", None, tuple(tree), list(tree.values())
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = tuple(f.name for f in dataclasses.fields(tree))
-        kind, build, parts = "dataclass", type(tree), [getattr(tree, n) for n in names]
-    else:
-        raise ShapeError(f"expected a tensor or a tuple, list, dict, named tuple or dataclass of tensors, not {type(tree).__name__}")
-    leaves: list[Tensor] = []
-    children = []
-    for part in parts:
-        inner, structure = flatten(part)
-        leaves += inner
-        children.append(structure)
-    return leaves, Structure(kind, build, names, tuple(children))
-
-
-def _try_flatten(tree: Any) -> tuple[list[Tensor], Structure] | None:
-    try:
-        return flatten(tree)
-    except ShapeError:
-        return None
-
-
-def describe(leaves: Sequence[Tensor]) -> str:
-    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves)
-
-
-# -- the convention ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How a cell is called. `order` lists its arguments: "x", "state", or leaves of them as "x.0", "state.1"."""
-
-    order: tuple[str, ...]
-    inputs: Structure
-    state: Structure
-    returns: str = "state"  # or "out, state"
-    out: Structure | None = None
-    separate: bool = False  # the state's leaves come back one by one
-
-    def arguments(self, x: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
-        def one(word: str) -> Any:
-            role, _, leaf = word.partition(".")
-            leaves, structure = (x, self.inputs) if role == "x" else (state, self.state)
-            return leaves[int(leaf)] if leaf else structure.unflatten(list(leaves))
-
-        return [one(word) for word in self.order]
-
-    def call(self, cell: Any, x: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[list[Tensor] | None, list[Tensor]]:
-        """One step: (output leaves or None, new state leaves). Raises StateError if the state comes back another."""
-        result = cell(*self.arguments(x, state))
-        out, following = self.split(result)
-        found = _try_flatten(following)
-        name = getattr(cell, "__name__", type(cell).__name__)
-        if found is None:
-            raise StateError(f"cell {name}: the new state is {type(following).__name__}, not {self.state}")
-        leaves, structure = found
-        if structure.count != self.state.count:
-            raise StateError(f"cell {name}: the state goes in as {self.state} and comes out as {structure}")
-        for i, (before, after) in enumerate(zip(state, leaves, strict=True)):
-            if before.shape != after.shape or before.dtype != after.dtype:
-                raise StateError(
-                    f"cell {name}: the state's leaf {i} goes in as {describe([before])} and comes out as {describe([after])}. A state "
-                    "must keep its shape and dtype; give the right initial state with state=, or correct the cell."
-                )
-        return (None if out is None else flatten(out)[0]), leaves
-
-    def split(self, result: Any) -> tuple[Any, Any]:
-        if self.returns == "state":
-            return None, result
-        if self.separate:
-            rest = result[1:]
-            return result[0], (rest[0] if len(rest) == 1 else tuple(rest))
-        return result[0], result[1]
-
-
-def discover(cell: Any, x_t: Any, state: Any, signature: str | None = None) -> Convention:
-    """Find out how a cell is called, from an example step x_t [batch, ...] and state [batch, ...].
-
-    Raises SignatureError where it stays unclear, StateError where the cell returns another state than it was given.
-    """
-    x, inputs = flatten(x_t)
-    leaves, structure = flatten(state)
-    name = getattr(cell, "__name__", type(cell).__name__)
-    fits: list[Convention] = []
-    failures: list[tuple[str, Exception]] = []
-    near: StateError | None = None
-    for order in _orders(cell, inputs, structure, signature):
-        trial = Convention(order, inputs, structure)
-        try:
-            with _untouched(cell):
-                result = cell(*trial.arguments(x, leaves))
-        except Exception as error:
-            failures.append((", ".join(order), error))
-            continue
-        fit = _returns(trial, result, leaves, signature)
-        if isinstance(fit, Convention):
-            fits.append(fit)
-            if signature is not None or _named(cell, order):
-                return fit
-        else:
-            near = near or StateError(f"cell {name} called as ({', '.join(order)}): {fit}")
-    if len({f.order for f in fits}) == 1:
-        return fits[0]
-    if fits:
-        raise SignatureError(
-            f"cell {name} can be called as {' or as '.join('(' + ', '.join(f.order) + ')' for f in fits)} and gives a state either way, and "
-            f"its parameter names do not tell which is meant. {_HELP}"
-        )
-    if near is not None:
-        raise near
-    told = "; ".join(f"({order}) raised {type(e).__name__}: {e}" for order, e in failures[:3])
-    raise SignatureError(
-        f"cell {name} could not be called with x {inputs} = {describe(x)} and state {structure} = {describe(leaves)}: "
-        f"{told or 'it takes no such arguments'}. {_HELP}"
-    ) from (failures[0][1] if failures else None)
-
-
-def _returns(trial: Convention, result: Any, state: list[Tensor], signature: str | None) -> Convention | str:
-    """The convention completed by what came back, or why it does not fit."""
-
-    def like_state(tree: Any) -> bool:
-        found = _try_flatten(tree)
-        return (
-            found is not None
-            and len(found[0]) == len(state)
-            and (found[1] == trial.state or trial.state.count > 1 or found[1].kind == "leaf")
-            and all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found[0], state, strict=True))
-        )
-
-    wanted = signature.split("->")[1].split(",")[0].strip() if signature is not None else None
-    outs = [] if wanted is None or wanted in ("out", "y", "output") else ["state"]
-    pair = isinstance(result, (tuple, list)) and len(result) >= 2
-    if outs != ["state"] and pair:
-        if len(result) == 2 and like_state(result[1]) and not (trial.state.count == 2 and like_state(result)):
-            out = _try_flatten(result[0])
-            if out is not None:
-                return dataclasses.replace(trial, returns="out, state", out=out[1])
-        if len(result) == 1 + trial.state.count and trial.state.count > 1 and like_state(tuple(result[1:])):
-            out = _try_flatten(result[0])
-            if out is not None:
-                return dataclasses.replace(trial, returns="out, state", out=out[1], separate=True)
-    if like_state(result) and wanted not in ("out", "y", "output"):
-        return dataclasses.replace(trial, returns="state")
-    found = _try_flatten(result[-1] if pair and len(result) == 2 and trial.state.count == 1 else result)
-    came = f"{found[1]} = {describe(found[0])}" if found is not None else type(result).__name__
-    return (
-        f"the state goes in as {trial.state} = {describe(state)} and nothing like it comes out ({came}). A cell returns its new state, "
-        "or (out, new state), of the same shape and dtype; give the right initial state with state=."
-    )
-
-
-def _parameters(cell: Any) -> list[inspect.Parameter]:
-    function = cell.forward if isinstance(cell, nn.Module) else cell
-    try:
-        found = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return []
-    return [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _role(name: str) -> str:
-    name = name.lower()
-    if name in _X_NAMES:
-        return "x"
-    return "state" if name in _STATE_NAMES or "state" in name or "hidden" in name or name.startswith(("h_", "prev")) else ""
-
-
-def _named(cell: Any, order: tuple[str, ...]) -> bool:
-    """Whether the parameter names say this order and no other."""
-    roles = [_role(p.name) for p in _parameters(cell)][: len(order)]
-    words = [w.split(".")[0] for w in order]
-    return len(roles) == len(words) and all(r in ("", w) for r, w in zip(roles, words, strict=True)) and any(roles)
-
-
-def _orders(cell: Any, inputs: Structure, state: Structure, signature: str | None) -> Iterator[tuple[str, ...]]:
-    """Argument orders worth trying, the likeliest first."""
-    if signature is not None:
-        yield _declared(signature, inputs, state)
-        return
-    xs = ("x",), tuple(f"x.{i}" for i in range(inputs.count))
-    ss = ("state",), tuple(f"state.{i}" for i in range(state.count))
-    orders = []
-    for x in xs if inputs.count > 1 else xs[:1]:
-        for s in ss if state.count > 1 else ss[:1]:
-            orders += [x + s, s + x]
-            if len(x) > 1:
-                orders.append(x[:1] + s + x[1:])
-    parameters = _parameters(cell)
-    required = sum(p.default is p.empty for p in parameters)
-    count = len(parameters)
-    fitting = [o for o in orders if required <= len(o) <= count] if parameters else orders
-    yield from sorted(fitting, key=lambda o: (not _named(cell, o), abs(len(o) - count)))
-
-
-def _declared(signature: str, inputs: Structure, state: Structure) -> tuple[str, ...]:
-    """The order a signature string asks for."""
-    before, arrow, after = signature.partition("->")
-    words = [w.strip() for w in before.split(",")]
-    results = [w.strip() for w in after.split(",")]
-    if not arrow or not all(w.isidentifier() for w in (*words, *results)):
-        raise SignatureError(f"signature {signature!r} is not of the form 'x, state -> out, state'")
-    if "state" in words:
-        states = ["state"]
-    else:
-        states = [w for w in words if w in results and w not in ("out", "y")]
-        if len(states) != state.count:
-            raise SignatureError(f"signature {signature!r} names {len(states)} state(s) that come back; the state is {state}")
-    xs = [w for w in words if w not in states]
-    if len(xs) not in (1, inputs.count):
-        raise SignatureError(f"signature {signature!r} has {len(xs)} inputs; x is {inputs}")
-    if not xs:
-        raise SignatureError(f"signature {signature!r} has no input")
-
-    def word(w: str) -> str:
-        if w in states:
-            return "state" if states == ["state"] or state.count == 1 else f"state.{states.index(w)}"
-        return "x" if len(xs) == 1 else f"x.{xs.index(w)}"
-
-    return tuple(word(w) for w in words)
+#: Methods of a cell that make its initial state for a batch size.
+METHODS = ("init_state", "initial_state", "init_hidden")
+#: The batch at which a cell is tried with None: no tuple of states is as long, so it cannot be unpacked in a tuple's place.
+TRIAL_BATCH = 7
 
 
 @contextmanager
-def _untouched(cell: Any) -> Iterator[None]:
-    """A trial call that leaves no trace: buffers and the random state are put back, no graph is built."""
-    buffers = [(b, b.detach().clone()) for b in cell.buffers()] if isinstance(cell, nn.Module) else []
-    random = torch.get_rng_state()
+def _untouched(cell: Any, leaves: Sequence[Any], grad: bool = False) -> Iterator[None]:
+    """A trial that leaves no trace: buffers, attributes and random states are put back; no graph unless asked for."""
+    owner = cell if isinstance(cell, nn.Module) else getattr(cell, "__self__", None)
+    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in modules] + [(m._buffers, dict(m._buffers)) for m in modules]
+    values = [(t, t.detach().clone()) for _, kept in attributes for t in kept.values() if isinstance(t, Tensor)]
+    devices = {t.device.index for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"}
+    python = random.getstate()
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=sorted(devices)), torch.set_grad_enabled(grad):
             yield
     finally:
-        torch.set_rng_state(random)
+        random.setstate(python)
+        for live, kept in attributes:
+            live.clear()
+            live.update(kept)
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
-# -- the initial state ---------------------------------------------------------------------------------------------------
+def _rows(leaves: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The same samples as a batch of another size, in memory of their own."""
+    return [t.detach().index_select(0, torch.arange(rows, device=t.device) % t.shape[0]) for t in leaves]
 
 
-def initial_state(cell: Any, x_t: Any, batch: int, given: Any) -> Any:
-    """The state before the first step, [batch, ...]: given, made by the cell's own method, or what None means to the cell."""
-    if given is not None:
-        if callable(given) and not isinstance(given, Tensor):
-            return given(batch)
-        leaves, structure = flatten(given)
-        return structure.unflatten([t.expand(batch, *t.shape) for t in leaves])
-    for method in ("init_state", "initial_state", "init_hidden"):
+def _checked(tree: Any, batch: int, what: str, error: type[SeqparcError]) -> tuple[list[Tensor], Structure]:
+    try:
+        leaves, structure = flatten(tree)
+    except ShapeError as wrong:
+        raise error(f"{what}: {wrong}") from wrong
+    if not leaves:
+        raise error(f"{what} holds no tensor")
+    for i, t in enumerate(leaves):
+        if t.dim() < 1 or t.shape[0] != batch:
+            raise error(f"{what}: leaf {i} has shape {list(t.shape)}; its first axis must be the batch of {batch}")
+    return leaves, structure
+
+
+#: What a signature says: the arguments, the ways to read what comes back, the number of state arguments.
+Declared = tuple[Order, list[str], int]
+
+
+def discover(
+    cell: Any, x_t: Any, batch: int, state: Any = None, signature: str | None = None, name: str | None = None
+) -> Convention:
+    """Find out how a cell is called, from an example step: x_t [batch, ...] and state [batch, ...] (found if left away).
+
+    Raises SignatureError where it stays unclear, StateError where the cell returns another state than it was given.
+    """
+    name = name or called(cell)
+    x, inputs = _checked(x_t, batch, "x", ShapeError)
+    declared = declared_order(signature, inputs) if signature is not None else None
+    if state is None:
+        with _untouched(cell, x):
+            state = _initial(cell, name, x, inputs, batch, declared)
+    leaves, structure = _checked(state, batch, f"the state of {name}", StateError)
+    if declared is not None and declared[2] not in (1, structure.count):
+        raise SignatureError(f"signature {signature!r} names {declared[2]} state arguments, the state is {structure}")
+    return _match(cell, name, x, inputs, leaves, structure, declared)
+
+
+def _match(
+    cell: Any, name: str, x: list[Tensor], inputs: Structure, state: list[Tensor], structure: Structure, declared: Declared | None
+) -> Convention:
+    """The one way of calling the cell that gives its state back."""
+    n = structure.count
+    ways = [declared[0]] if declared is not None else orders(parameters_of(cell), inputs, structure)
+    flat = ", ".join(("out", *(f"state.{i}" for i in range(n))))
+    readings = declared[1] if declared is not None else ["state", "out, state"] + [flat] * (n > 1)
+    if not ways:
+        raise SignatureError(_no_room(cell, name, inputs, structure))
+    # A batch as large as a tuple is long could be unpacked in its place.
+    rows = len(x[0]) if len(x[0]) > 1 + max(n, inputs.count) else TRIAL_BATCH + n + inputs.count
+    x, state = _rows(x, rows), _rows(state, rows)
+    failures: list[tuple[Order, Exception]] = []
+    near: SeqparcError | None = None
+    for rank in sorted({o.rank for o in ways}):
+        fits = []
+        for order in (o for o in ways if o.rank == rank):
+            trial = Convention(order.words, structure, inputs, keywords=order.keywords)
+            try:
+                result = _trial(cell, trial, x, state)
+            except Exception as error:  # whatever the user's code raises, it says only that this is not the way to call it
+                failures.append((order, error))
+                continue
+            fit = _reading(trial, readings, name, result, state)
+            if isinstance(fit, Convention):
+                fits.append(fit)
+            else:
+                near = near or fit
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            seen_ways = " and as ".join(f"({', '.join(f.order)})" for f in fits)
+            raise SignatureError(
+                f"cell {name}{parameters_of(cell)} can be called as {seen_ways}, gives a state each way, and its parameter names do "
+                f"not tell which is meant. {HELP}"
+            )
+    if near is not None:
+        raise near
+    told = "; ".join(f"called as ({', '.join(o.words)}) it raised {type(e).__name__}: {e}" for o, e in failures[:3])
+    raise SignatureError(
+        f"cell {name} could not be called with x {inputs} = {describe(x)} and state {structure} = {describe(state)}: {told}. {HELP}"
+    ) from failures[0][1]
+
+
+def _trial(cell: Any, way: Convention, x: Sequence[Tensor], state: Sequence[Any], grad: bool = False) -> Any:
+    """What the cell returns, on copies of its arguments."""
+    with _untouched(cell, x, grad):
+        return way.invoke(cell, [t.clone() for t in x], [t if t is None else t.clone() for t in state])
+
+
+def _reading(
+    trial: Convention, readings: list[str], name: str, result: Any, state: list[Tensor]
+) -> Convention | SeqparcError:
+    """The convention completed by what came back, or the most telling of the reasons why it does not fit."""
+    problems: list[StateError | SignatureError] = []
+    for returns in readings:
+        try:
+            return dataclasses.replace(trial, returns=returns).completed(name, result, state)
+        except (StateError, SignatureError) as error:
+            problems.append(error)
+    chosen = next((p for p in problems if isinstance(p, SignatureError) or "leaf" in str(p)), problems[0])
+    return type(chosen)(f"{chosen} (called as ({', '.join(trial.order)}), it returned {seen(result)}. {HELP})")
+
+
+def _no_room(cell: Any, name: str, inputs: Structure, state: Structure | None) -> str:
+    parameters = parameters_of(cell)
+    if len(parameters.positional) + len(parameters.keyword) <= 1:
+        return (
+            f"cell {name}{parameters} takes no state. If it keeps its state on itself (self.h = ...), have it passed in and returned "
+            "instead: forward(x, state) -> state, or -> (out, state)."
+        )
+    return f"cell {name}{parameters} has no place for x {inputs} and state {state or 'tensor'}, or needs more than these. {HELP}"
+
+
+# -- the initial state -----------------------------------------------------------------------------------------------
+
+
+def broadcast_state(example: Any, batch: int) -> Any:
+    """A state for one sample, [...], as the state of every sample of a batch, [batch, ...]; expanded, not copied."""
+    leaves, structure = flatten(example)
+    return structure.unflatten([t.expand(batch, *t.shape) for t in leaves])
+
+
+def initial_state(cell: Any, x_t: Any, batch: int, convention: Convention | None = None, given: Any = None) -> Any:
+    """The state before the first step, a tree of [batch, ...]; x_t [batch, ...] is one step of the input.
+
+    In this order: `given` (an example for one sample, or a callable batch -> state); the cell's own init_state,
+    initial_state or init_hidden(batch); zeros, where the cell takes None for them; zeros of hidden_size. Raises StateError
+    where none of these is there, or where None means something else to the cell than zeros.
+    """
+    name = called(cell)
+    x, inputs = _checked(x_t, batch, "x", ShapeError)
+    if given is None:
+        declared = None
+        if convention is not None:
+            order = Order(convention.order, convention.keywords, 0, frozenset(), 0)
+            declared = (order, [convention.returns], convention.state.count if convention.separate else 1)
+        return _initial(cell, name, x, inputs, batch, declared)
+    made = given(batch) if callable(given) else broadcast_state(given, batch)
+    leaves, structure = _checked(made, batch, f"the state= given for {name}", StateError)
+    return structure.unflatten([t.to(x[0].device) for t in leaves])
+
+
+def _initial(cell: Any, name: str, x: list[Tensor], inputs: Structure, batch: int, declared: Declared | None) -> Any:
+    """The initial state by what the cell itself shows: a method, what None does, hidden_size."""
+    for method in METHODS:
         make = getattr(cell, method, None)
         if callable(make):
             try:
-                return make(batch)
-            except TypeError as error:
-                raise StateError(f"{type(cell).__name__}.{method}({batch}) failed: {error}. It is called with the batch size.") from error
-    x, _ = flatten(x_t)
-    like = next((p for p in (cell.parameters() if isinstance(cell, nn.Module) else ()) if p.dtype.is_floating_point), x[0])
-    dtype = like.dtype if like.dtype.is_floating_point else torch.get_default_dtype()
-
-    def zeros(size: int) -> Tensor:
-        return torch.zeros(batch, size, dtype=dtype, device=x[0].device)
-
-    if isinstance(cell, nn.RNNCellBase):
-        h = zeros(cell.hidden_size)
-        return (h, torch.zeros_like(h)) if isinstance(cell, nn.LSTMCell) else h
-    tried = _from_none(cell, x_t, x)
-    if tried is not None:
-        return tried
-    if isinstance(getattr(cell, "hidden_size", None), int):
-        return zeros(cell.hidden_size)
+                made = make(batch)
+            except Exception as error:  # whatever the user's code raises
+                raise StateError(
+                    f"{name}.{method}({batch}) raised {type(error).__name__}: {error}. It is called with the batch size and returns a "
+                    "state [batch, ...]; or give state= to seqparc.compile."
+                ) from error
+            _checked(made, batch, f"what {name}.{method}({batch}) returned", StateError)
+            return made
+    zeros = _from_none(cell, name, _rows(x, TRIAL_BATCH), inputs, declared)
+    if zeros is not None:
+        leaves, structure = flatten(zeros)
+        return structure.unflatten([t.new_zeros(batch, *t.shape[1:]) for t in leaves])
+    size, tried = getattr(cell, "hidden_size", None), ""
+    if isinstance(size, int) and not isinstance(size, bool):
+        weights = cell.parameters() if isinstance(cell, nn.Module) else ()
+        dtype = next((t.dtype for t in (*weights, *x) if t.is_floating_point() or t.is_complex()), None)
+        h = torch.zeros(batch, size, dtype=dtype, device=x[0].device)
+        for state in ((h, h.clone()), h):  # the pair first: a tensor can be indexed like a pair, a pair not used like a tensor
+            try:
+                _match(cell, name, x, inputs, *flatten(state), declared)
+            except SeqparcError as error:
+                tried = f" It has hidden_size {size}, but neither a tensor [batch, {size}] nor a pair of them is its state: {error}"
+            else:
+                return state
     raise StateError(
-        f"the initial state of {getattr(cell, '__name__', type(cell).__name__)} is not known. Give it in one of four ways: "
-        "seqparc.compile(cell, state=example of one sample, or a function batch -> state); a method init_state(batch) on the cell; a cell "
-        "that takes None for its first state; or a hidden_size attribute."
+        f"the initial state of {name} is not known. Give it in one of four ways: state= to seqparc.compile (an example for one sample, or "
+        "a callable batch -> state); a method init_state(batch) on the cell; a cell that takes None for its first state; an attribute "
+        f"hidden_size.{tried}"
     )
 
 
-def _from_none(cell: Any, x_t: Any, x: list[Tensor]) -> Any:
-    """Zeros shaped like the state, for a cell that takes None as its first state and means zeros by it."""
-    calls: list[Callable[[Any], Any]] = [lambda s: cell(x_t, s), lambda s: cell(s, x_t)]
-    if [_role(p.name) for p in _parameters(cell)][:1] == ["state"]:
-        calls.reverse()
-    for call in calls:
+def _from_none(cell: Any, name: str, x: list[Tensor], inputs: Structure, declared: Declared | None) -> Any:
+    """Zeros like the state of a cell that takes None as its first state and means zeros by it; None if it takes no None.
+
+    What the cell returns for None shows candidates for the state; zeros in the place of None must then give the same,
+    through the same parameters: a learned initial state may be zero today.
+    """
+    for order, n in [(declared[0], declared[2])] if declared is not None else _ways(cell, name, inputs):
+        shape = LEAF if n == 1 else Structure("tuple", children=(LEAF,) * n)
+        way = Convention(order.words, shape, inputs, keywords=order.keywords)
         try:
-            with _untouched(cell):
-                result = call(None)
-        except Exception:  # noqa: S112  any failure only says that this is not how the cell is called
+            result = _trial(cell, way, x, [None] * n)
+        except Exception:  # whatever the user's code raises: it takes no None here
             continue
-        options = [result[1], result] if isinstance(result, (tuple, list)) and len(result) == 2 else [result]
-        for tree in options:
-            found = _try_flatten(tree)
-            if found is None:
-                continue
-            zeros = found[1].unflatten([torch.zeros_like(t) for t in found[0]])
+        fits, other = [], False
+        for state in _candidates(result, n, len(x[0])):
+            zeros, structure = flatten(state)
+            same = dataclasses.replace(way, state=structure)
             try:
-                with _untouched(cell):
-                    again = call(zeros)
-            except Exception:  # noqa: S112
+                again = _trial(cell, same, x, zeros)
+            except Exception:  # this part of what came back is not the state
                 continue
-            one, two = _try_flatten(result), _try_flatten(again)
-            if one is None or two is None or one[1] != two[1]:
-                continue
-            if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(one[0], two[0], strict=True)):
-                raise StateError(
-                    f"{type(cell).__name__} starts from a state of its own when given None, which is not zero. Say what it is with "
-                    "state=: an example for one sample, or a function batch -> state."
-                )
-            return zeros
+            if not _alike(result, again) or _own_start(cell, way, same, x, [None] * n, zeros):
+                other = True
+            else:
+                fits.append((same, zeros))
+        if len(fits) > 1:
+            fits = [f for f in fits if _by_sample(cell, f[0], x, f[1])]
+        if len(fits) == 1:
+            return fits[0][0].state.unflatten(fits[0][1])
+        if fits or other:
+            why = "and zeros of more than one structure do the same" if fits else "which is not the same as zeros"
+            raise StateError(
+                f"{name} starts from a state of its own when it is given None, {why}. Say what it is with state=: an example for one "
+                "sample, or a callable batch -> state, which may hold parameters."
+            )
     return None
+
+
+def _ways(cell: Any, name: str, inputs: Structure) -> list[tuple[Order, int]]:
+    """Ways to call a cell whose state is unknown, as one argument or up to three; the likeliest first."""
+    parameters = parameters_of(cell)
+    found = [(o, 1) for o in orders(parameters, inputs, LEAF)]
+    for n in (2, 3):
+        split = orders(parameters, inputs, Structure("tuple", children=(LEAF,) * n))
+        found += [(o, n) for o in split if any(w.startswith("state.") for w in o.words)]
+    if not found:
+        raise SignatureError(_no_room(cell, name, inputs, None))
+    return sorted(found, key=lambda f: (f[0].rank, len(f[0].words)))
+
+
+def _candidates(result: Any, n: int, rows: int) -> Iterator[Any]:
+    """Zeros like the parts of a result that may be the state: all of it, the second of two, all but the first."""
+    parts = [result]
+    if isinstance(result, (tuple, list)):
+        parts += [result[1]] * (len(result) == 2) + [tuple(result[1:])] * (len(result) > 2)
+    for part in parts:
+        try:
+            leaves, structure = flatten(part)
+        except ShapeError:
+            continue
+        one_each = n == 1 or (structure.kind in ("tuple", "list") and len(structure.children) == n == len(leaves))
+        if leaves and one_each and all(t.dim() and t.shape[0] == rows for t in leaves):
+            yield structure.unflatten([torch.zeros_like(t) for t in leaves])
+
+
+def _alike(one: Any, two: Any, rows: Tensor | slice = slice(None)) -> bool:
+    """Whether two results are the same numbers; `rows` picks samples of the first."""
+    (a, first), (b, second) = flatten(one), flatten(two)
+    return first == second and all(
+        p.shape == q.shape and p.dtype == q.dtype and torch.allclose(p[rows], q, rtol=1e-4, atol=1e-6, equal_nan=True)
+        for p, q in zip(a, b, strict=True)
+    )
+
+
+def _own_start(cell: Any, none: Convention, zero: Convention, x: list[Tensor], nones: list[None], zeros: list[Tensor]) -> bool:
+    """Whether the cell uses parameters for None that it does not use for zeros: a learned initial state."""
+    try:
+        used = [_parameters_used(_trial(cell, way, x, state, grad=True)) for way, state in ((none, nones), (zero, zeros))]
+    except Exception:  # the cell cannot be differentiated, so nothing in it is learned
+        return False
+    return not used[0] <= used[1]
+
+
+def _parameters_used(result: Any) -> set[int]:
+    todo = [t.grad_fn for t in flatten(result)[0]]
+    done: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in done:
+            done.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return {id(node.variable) for node in done if hasattr(node, "variable")}
+
+
+def _by_sample(cell: Any, way: Convention, x: list[Tensor], zeros: list[Tensor]) -> bool:
+    """Whether samples in another order give the same results in that order: not so for a tensor indexed like a pair."""
+    generator = torch.Generator().manual_seed(0)
+    state = [z + torch.rand(z.shape, generator=generator).to(z) for z in zeros]
+    turned = torch.arange(len(x[0]), device=x[0].device).flip(0)
+    try:
+        return _alike(_trial(cell, way, x, state), _trial(cell, way, [t[turned] for t in x], [s[turned] for s in state]), turned)
+    except Exception:  # whatever the user's code raises
+        return False

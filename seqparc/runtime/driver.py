@@ -22,7 +22,10 @@ from seqparc.errors import ConvergenceError
 
 
 class Kernel(Protocol):
-    """Something that runs chunks of a lane program."""
+    """Something that runs chunks of a lane program; `source` is its text."""
+
+    @property
+    def source(self) -> str: ...
 
     def lanes_wanted(self) -> int:
         """Lanes that fill the device."""
@@ -54,7 +57,6 @@ class Cut:
     rtol: float = 0.0
     max_passes: int | None = None
     on_divergence: str = "sequential"
-    affine: bool = False
 
 
 @dataclass
@@ -171,11 +173,6 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             outcome.end = last[0]
             outcome.sums = [torch.cat((z[:rest], tail)) for z, tail in zip(sums, tail_sums, strict=True)]
             return outcome
-        if exact and cut.affine:
-            # The update of a linear recurrence is exact: run once more for the outputs, and be done.
-            end[active] = sweep(active, start[active])
-            outcome.passes += 1
-            break
     outcome.end = end[-1]
     return outcome
 

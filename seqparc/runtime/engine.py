@@ -72,7 +72,7 @@ class Engine:
         cut = Cut(
             t0, length, choice.warmup, choice.update,
             atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
-            max_passes=options.max_passes, on_divergence=options.on_divergence, affine=affine,
+            max_passes=options.max_passes, on_divergence=options.on_divergence,
         )  # fmt: skip
 
         def make_jacobian() -> Kernel | None:
@@ -81,11 +81,12 @@ class Engine:
             return self.kernel(direction + " jacobian", jacobian().program, start.device)[1]
 
         outcome = solve(Problem(kernel=kernel, jacobian=make_jacobian, place=plan.place, **problem), cut)
-        if choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.update != "exact":
-            if outcome.passes > 1 or not outcome.converged:
-                self.warmup[key] = max(1, choice.warmup) * 2
+        adapts = choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.update != "exact"
+        if adapts and (outcome.passes > 1 or not outcome.converged):
+            self.warmup[key] = max(1, choice.warmup) * 2
         if outcome.fallback and options.on_divergence == "warn":
-            warnings.warn(f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}", SeqparcWarning, stacklevel=2)
+            message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
+            warnings.warn(message, SeqparcWarning, stacklevel=2)
         stats = Stats(
             backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=int(length.max()), warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
@@ -95,7 +96,9 @@ class Engine:
 
     # -- forward ---------------------------------------------------------------------------------------------------------
 
-    def forward(self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], steps: int) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], steps: int
+    ) -> tuple[list[Tensor], Tensor]:
         """State sequences [batch, time, numbers] per slot (each with its start in front, when that costs nothing), last state."""
         plan = self.plan
         batch = start[0].shape[0]
@@ -105,7 +108,8 @@ class Engine:
                 r[:, 0] = s
         emits = [r[:, 1:] if batch == 1 else r for r in room]
         outcome, self.stats = self.solve(
-            "forward", plan.program, plan.jacobian, start=torch.cat(list(start), -1), steps=steps, streams=streams, params=params, emits=emits,
+            "forward", plan.program, plan.jacobian, start=torch.cat(list(start), -1), steps=steps, streams=streams, params=params,
+            emits=emits,
         )  # fmt: skip
         return room, outcome.end
 
@@ -164,8 +168,9 @@ class Engine:
             x = given.reshape(d.shape[0], lanes, -1)
         else:
             given = streams[-1 - o.x]
-            whole = lanes == 1 and o.columns.is_identity(given.shape[-1]) or np.array_equal(o.columns.array, np.arange(given.shape[-1])[None])
-            x = given.reshape(d.shape[0], -1) if whole else given.reshape(d.shape[0], -1).index_select(-1, _flat(o.columns))
+            x = given.reshape(d.shape[0], -1)
+            if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
+                x = x.index_select(-1, _flat(o.columns))
             x = x.reshape(d.shape[0], lanes, -1)
         if lanes == 1:
             m = (d[:, 0].t() @ x[:, 0])[None]

@@ -88,7 +88,7 @@ class TorchKernel:
             else:
                 state[rows] = following
         for z, total in zip(sums, totals, strict=True):
-            if z is not None:
+            if z is not None and total is not None:
                 z.copy_(total)
         return state
 

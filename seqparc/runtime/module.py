@@ -17,6 +17,8 @@ from seqparc.plan import Plan, Stats
 from seqparc.runtime.engine import Engine, Solve
 from seqparc.runtime.reference import loop
 
+#: The stages a compiled module calls, put here by the package: the runtime imports none of them.
+TOOLS: dict[str, Callable[..., Any]] = {}
 
 
 class CompiledRNN(nn.Module):
@@ -27,13 +29,12 @@ class CompiledRNN(nn.Module):
     Make one with `seqparc.compile`.
     """
 
-    def __init__(self, cell: Any, *, state: Any, signature: str | None, options: Options, name: str | None, tools: dict[str, Any]) -> None:
+    def __init__(self, cell: Any, *, state: Any, signature: str | None, options: Options, name: str | None) -> None:
         super().__init__()
         self.cell = cell
         self.options = options
-        self.name = name or getattr(cell, "__name__", type(cell).__name__)
+        self.name: str = name or sig.called(cell)
         self._given, self._signature = state, signature
-        self._tools = tools
         self._forget()
 
     def _forget(self) -> None:
@@ -50,15 +51,12 @@ class CompiledRNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         keep = dict(self.__dict__)
-        for name in ("_conventions", "_engines", "_states", "_last", "_tools"):
+        for name in ("_conventions", "_engines", "_states", "_last"):
             keep.pop(name, None)
         return keep
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        from seqparc import _tools
-
-        self._tools = _tools()
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledRNN:
@@ -77,7 +75,7 @@ class CompiledRNN(nn.Module):
         """
         if lengths is not None or reset is not None:
             raise SeqparcError("lengths= and reset= are not supported yet; pad, run, and mask the outputs")
-        leaves, convention, start = self._arguments(x, state)
+        leaves, convention, start = self.understand(x, state)
         engine = self._engine(convention, leaves, start)
         if isinstance(engine, str):
             outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
@@ -97,14 +95,59 @@ class CompiledRNN(nn.Module):
 
     def sequential(self, x: Any, state: Any = None) -> tuple[Any, Any]:
         """The plain loop over the cell itself: the oracle."""
-        leaves, convention, start = self._arguments(x, state)
+        leaves, convention, start = self.understand(x, state)
         outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
         y_structure = convention.state if convention.out is None else convention.out
         return y_structure.unflatten(outputs), convention.state.unflatten(last)
 
+    def validate(
+        self, x: Any, state: Any = None, grad: bool = True, reference_dtype: torch.dtype = torch.float64
+    ) -> Any:
+        """Values and gradients against the plain loop in `reference_dtype`: a Report, which prints as a table and has `.ok`."""
+        return TOOLS["validate"](self, x, state, grad, reference_dtype)
+
+    def explain(self, x: Any = None, state: Any = None) -> Any:
+        """What was found out about the cell and what is done about it: an Explanation, which prints.
+
+        For the shapes of x [batch, time, ...], or of the last call.
+        """
+        return TOOLS["explain"](self, x, state)
+
+    def engine(self, x: Any = None, state: Any = None) -> Engine | str | None:
+        """The engine for the shapes of x, made if need be; of the last call if x is None. A string says why there is none."""
+        if x is not None:
+            leaves, convention, start = self.understand(x, state)
+            return self._engine(convention, leaves, start)
+        return self._last if isinstance(self._last, Engine) else self._last.fallback
+
+    def kernels(self) -> dict[tuple[str, str], str]:
+        """{(backend, direction): source} of every kernel made so far."""
+        found = {}
+        for engine in self._engines.values():
+            if isinstance(engine, Engine):
+                found.update({(backend, direction): kernel.source for direction, (backend, kernel) in engine.kernels.items()})
+        return found
+
+    def source(self, backend: str, direction: str = "forward") -> str:
+        """Source of one kernel. Raises SeqparcError if there is none yet: kernels are made by the calls that need them."""
+        found = self.kernels()
+        if (backend, direction) not in found:
+            there = ", ".join(map(str, found)) or "none yet"
+            raise SeqparcError(f"there is no {direction} kernel of the {backend} backend; there are: {there}. Call the module first.")
+        return found[backend, direction]
+
+    def captured(self) -> dict[str, Tensor]:
+        """Tensors the cell was found to use in the calls so far: parameters, buffers, and tensors it closes over."""
+        found: dict[str, Tensor] = {}
+        for engine in self._engines.values():
+            if isinstance(engine, Engine):
+                found.update({name: self._attribute(engine.plan, name) for name in engine.plan.attributes})
+        return found
+
     # -- arguments -------------------------------------------------------------------------------------------------------
 
-    def _arguments(self, x: Any, state: Any) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
+    def understand(self, x: Any, state: Any = None) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
+        """Leaves of x, how the cell is called, leaves of the state to start from. Raises ShapeError, StateError, SignatureError."""
         leaves, structure = sig.flatten(x)
         if not leaves:
             raise ShapeError("x holds no tensor; give [batch, time, ...]")
@@ -120,14 +163,14 @@ class CompiledRNN(nn.Module):
         self._check_place(leaves)
         x_t = structure.unflatten([v[:, 0] for v in leaves])
         if state is None:
-            key = (batch, structure, leaves[0].device, tuple(p.dtype for p in self.parameters()))
+            about = (batch, structure, leaves[0].device, tuple(p.dtype for p in self.parameters()))
             fixed = not callable(self._given) and not any(hasattr(self.cell, m) for m in ("init_state", "initial_state", "init_hidden"))
-            if fixed and key in self._states:
-                state = self._states[key]
+            if fixed and about in self._states:
+                state = self._states[about]
             else:
-                state = sig.initial_state(self.cell, x_t, batch, self._given)
+                state = sig.initial_state(self.cell, x_t, batch, given=self._given)
                 if fixed and not any(t.requires_grad for t in sig.flatten(state)[0]):
-                    self._states[key] = state
+                    self._states[about] = state
         start, state_structure = sig.flatten(state)
         for i, leaf in enumerate(start):
             if leaf.dim() < 1 or leaf.shape[0] != batch:
@@ -136,14 +179,14 @@ class CompiledRNN(nn.Module):
                 raise ShapeError(f"the state's leaf {i} is on {leaf.device}, x on {leaves[0].device}")
         key = (structure, state_structure, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple(tuple(s.shape[1:]) for s in start))
         if key not in self._conventions:
-            self._conventions[key] = sig.discover(self.cell, x_t, state, self._signature)
+            self._conventions[key] = sig.discover(self.cell, x_t, batch, state, self._signature, self.name)
         return leaves, self._conventions[key], start
 
     def _check_place(self, leaves: Sequence[Tensor]) -> None:
         parameter = next(self.parameters(), None)
         for i, leaf in enumerate(leaves):
             if parameter is not None and leaf.device != parameter.device:
-                raise ShapeError(f"x's leaf {i} is on {leaf.device}, the cell's parameters are on {parameter.device}; move one to the other")
+                raise ShapeError(f"x's leaf {i} is on {leaf.device}, the cell's parameters on {parameter.device}; move one to the other")
         if parameter is not None and parameter.dtype.is_floating_point and all(v.dtype.is_floating_point for v in leaves):
             wrong = next((v.dtype for v in leaves if v.dtype != parameter.dtype), None)
             dtypes = {p.dtype for p in self.parameters()}
@@ -162,9 +205,9 @@ class CompiledRNN(nn.Module):
         if engine is None:
             x_t = [v[:, 0] for v in leaves]
             try:
-                plan = self._tools["compile_plan"](self.cell, convention, x_t, start)
-                engine = Engine(plan, self._tools["backends"](self.options.backend, leaves[0].device), self.options, self._tools["choose"])
-                self._tools["check"](plan, convention, self.cell, x_t, start, self._trial)
+                plan = TOOLS["compile_plan"](self.cell, convention, x_t, start)
+                engine = Engine(plan, TOOLS["backends"](self.options.backend, leaves[0].device), self.options, TOOLS["choose"])
+                TOOLS["check"](plan, convention, self.cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
                 warnings.warn(
@@ -185,7 +228,7 @@ class CompiledRNN(nn.Module):
         return plan.attributes[name]
 
     def _trial(self, plan: Plan, x: list[Tensor], start: list[Tensor], make: Callable[..., Any]) -> list[Tensor]:
-        engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), self._tools["choose"])
+        engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), TOOLS["choose"])
         return self._run(engine, x, start)[0]
 
     def _run(self, engine: Engine, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,0 +1,200 @@
+"""`rnn.explain(x)`: how a cell was taken apart, what was proved about it, and how it is run."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sympy
+from rich.table import Table
+
+from seqparc import ir
+from seqparc.errors import SeqparcError
+from seqparc.passes import derivative, symbolic
+from seqparc.plan import Plan, Stats
+from seqparc.report import rendered
+from seqparc.runtime.engine import Engine
+from seqparc.runtime.module import CompiledRNN
+
+#: Jacobian entries shown one by one.
+SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Sections of text, the Jacobian's pattern and symbolic entries, and the statistics of the last call."""
+
+    name: str
+    sections: tuple[tuple[str, tuple[str, ...]], ...]
+    pattern: np.ndarray
+    entries: tuple[tuple[str, sympy.Expr], ...]
+    stats: Stats
+
+    def __str__(self) -> str:
+        table = Table(title=self.name, show_header=False, show_lines=True, title_justify="left")
+        table.add_column("part", no_wrap=True)
+        table.add_column("what", overflow="fold")
+        for title, lines in self.sections:
+            table.add_row(title, "\n".join(lines))
+        return rendered(table)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left;vertical-align:top'>{html.escape(title)}</th>"
+            f"<td style='text-align:left'><pre>{html.escape(chr(10).join(lines))}</pre></td></tr>"
+            for title, lines in self.sections
+        )
+        return f"<table><caption>{html.escape(self.name)}</caption>{rows}</table>"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in it, of plain types."""
+        return {
+            "cell": self.name,
+            **{title: list(lines) for title, lines in self.sections},
+            "pattern": self.pattern.astype(int).tolist(),
+            "entries": {name: str(e) for name, e in self.entries},
+        }
+
+    def to_latex(self) -> str:
+        """The Jacobian's entries of one lane, as aligned equations."""
+        lines = [f"{sympy.latex(sympy.Symbol(name))} &= {sympy.latex(e)} \\\\" for name, e in self.entries]
+        return "\n".join(["\\begin{align*}", *lines, "\\end{align*}"])
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture: the Jacobian's sparsity pattern, and the gap after each pass of the last call. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.spy(self.pattern, markersize=max(1, 120 / max(1, len(self.pattern))), color="tab:blue")
+        left.set(title="where the state Jacobian may be non-zero", xlabel="state number", ylabel="next state number")
+        for label, s in (("forward", self.stats), ("backward", self.stats.backward)):
+            if s is not None and s.gaps:
+                right.semilogy(range(1, len(s.gaps) + 1), np.maximum(s.gaps, 1e-17), "o-", label=label)
+                right.legend()
+        right.set(title="gap after each pass", xlabel="pass", ylabel="gap (relative to 1 + |state|)")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        figure.savefig(path, dpi=120)
+
+
+def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
+    """Explain a compiled cell for the shapes of x, or of the last call. Raises SeqparcError if there is neither."""
+    engine = rnn.engine(x, state)
+    if engine is None:
+        raise SeqparcError("nothing was run yet: give explain an input, explain(x), for the shapes it is about")
+    if isinstance(engine, str):
+        return Explanation(rnn.name, (("not compiled", (engine, "It runs as the plain loop.")),), np.zeros((0, 0), bool), (), rnn.stats)
+    plan = engine.plan
+    entries = _entries(plan)
+    sections = [
+        ("split", _split(plan)),
+        ("state Jacobian", _structure(plan)),
+        ("lanes", _lanes(plan)),
+        *([("entries of one lane", tuple(f"{name} = {_readable(e)}" for name, e in entries[:SHOWN]) + _more(entries))] if entries else []),
+        ("strategy", _strategy(engine)),
+        ("kernels", _kernels(engine)),
+        *([("notes", tuple(plan.notes))] if plan.notes else []),
+    ]
+    return Explanation(rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), engine.stats)
+
+
+def _readable(e: sympy.Expr) -> str:
+    return str(e).replace("**", "^")
+
+
+def _more(entries: Sequence[Any]) -> tuple[str, ...]:
+    return (f"… and {len(entries) - SHOWN} more",) if len(entries) > SHOWN else ()
+
+
+def _names(operations: Sequence[Any]) -> str:
+    counts: dict[str, int] = {}
+    for node in operations:
+        name = str(getattr(node.target, "_overloadpacket", getattr(node.target, "__name__", node.target))).removeprefix("aten.")
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{n}×{c}" if c > 1 else n for n, c in counts.items()) or "nothing"
+
+
+def _split(plan: Plan) -> tuple[str, ...]:
+    values = [v for v in ir.topological(plan.core.outputs) if not isinstance(v, (ir.Leaf, ir.Const, ir.Gather))]
+    counts: dict[str, int] = {}
+    for v in values:
+        name = v.op if isinstance(v, ir.Map) else type(v).__name__.lower()
+        counts[name] = counts.get(name, 0) + 1
+    core = ", ".join(f"{n}×{c}" if c > 1 else n for n, c in counts.items()) or "nothing"
+    lines = {str(v.src) for v in values if isinstance(v, (ir.Map, ir.Contract, ir.Reduce)) and v.src is not None}
+    widths = [f"x{'' if d is None else ' as it is'} ({size} numbers)" for d, size in zip(plan.direct, plan.core.stream_sizes, strict=True)]
+    return (
+        f"prelude, once over the whole sequence: {_names(plan.prelude.operations)}; gives the core {', '.join(widths) or 'nothing'} a step",
+        f"on parameters alone, once per call: {_names(plan.weights.operations)}; gives {len(plan.core.param_sizes)} weights",
+        f"core, every step: {core}",
+        f"readout, once over all states: {_names(plan.readout.operations) if plan.readout else 'nothing, the output is the state'}",
+        f"core written at {', '.join(sorted(lines))}" if lines else "the core has no operations",
+    )
+
+
+def _structure(plan: Plan) -> tuple[str, ...]:
+    s = plan.structure
+    n = len(s.pattern)
+    filled = int(s.pattern.sum())
+    sizes = sorted((len(c) for c in s.components), reverse=True)
+    lines = [f"{s.kind}: {filled} of {n * n} entries of ∂s'/∂s may be non-zero, the others are proved zero"]
+    lines.append(f"{len(sizes)} group{'s' * (len(sizes) != 1)} of state numbers that never meet, the largest of {sizes[0] if sizes else 0}")
+    if any(len(c) > 1 for c in s.components) and len(s.order) > len(s.components):
+        order = [len(g) for g in s.order]
+        lines.append(f"strongly connected groups in the order they can be solved in: sizes {', '.join(map(str, order[:20]))}")
+    if plan.frozen:
+        lines.append(f"this rests on the present values of {', '.join(plan.frozen)}; another value compiles anew")
+    return tuple(lines)
+
+
+def _lanes(plan: Plan) -> tuple[str, ...]:
+    p = plan.program
+    kind = "a scalar program: every number in a register, lanes in SIMD" if plan.scalar else "a vector program: lanes are columns"
+    return (f"{p.lanes} lane{'s' * (p.lanes != 1)} per sample, {p.n} state number{'s' * (p.n != 1)} in each; {kind}",)
+
+
+def _entries(plan: Plan) -> list[tuple[str, sympy.Expr]]:
+    """(name, expression) of each non-zero Jacobian entry of a lane of a scalar program."""
+    if not plan.scalar:
+        return []
+    names: dict[ir.Value, str] = {}
+    for v in ir.leaves(plan.program.outputs):
+        if v.kind == "state":
+            names[v] = f"s{plan.program.state.index(v)}"
+        else:
+            column = int(v.index.array[0, 0])
+            names[v] = f"{'u' if v.kind == 'stream' else 'w'}{v.slot}_{column}"
+    found = []
+    for i, row in enumerate(derivative.entries(plan.program)):
+        for j, value in enumerate(row):
+            if not (isinstance(value, ir.Const) and value.value == 0):
+                found.append((f"J[{i},{j}]", symbolic.to_sympy(value, names)))
+    return found
+
+
+def _strategy(engine: Engine) -> tuple[str, ...]:
+    s = engine.stats
+    if not s.backend:
+        return ("not run yet for these shapes",)
+    lines = []
+    for direction, d in (("forward", s), ("backward", s.backward)):
+        if d is not None:
+            lines.append(
+                f"{direction}: {d.strategy}, {d.chunks} chunk{'s' * (d.chunks != 1)} of {d.chunk_length} steps, warm-up {d.warmup}, "
+                f"update {d.update}; {d.passes} pass{'es' * (d.passes != 1)}, gap {d.gap:.2g}"
+            )
+            lines += [f"  {reason}" for reason in d.reasons]
+            if d.fallback:
+                lines.append(f"  finished by the sequential kernel: {d.fallback}")
+    return tuple(lines)
+
+
+def _kernels(engine: Engine) -> tuple[str, ...]:
+    if not engine.kernels:
+        return (f"none yet; the {engine.backends[0][0]} backend makes them when they are first needed",)
+    lines = [f"{direction} on {backend}: {len(k.source.splitlines())} lines" for direction, (backend, k) in engine.kernels.items()]
+    return (*lines, f"{engine.compile_seconds:.2f} s from the cell to the kernels")
