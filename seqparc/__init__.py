@@ -21,6 +21,7 @@ from seqparc.errors import (
     UnsupportedOpError,
 )
 from seqparc.options import Options
+from seqparc.owngrad import Vjp
 from seqparc.passes.strategy import choose
 from seqparc.plan import Stats
 from seqparc.runtime.module import TOOLS, CompiledRNN
@@ -88,7 +89,7 @@ def compile(
 
 
 TOOLS.update(
-    compile_plan=compile_plan, check=check, backends=_backends, choose=choose, explain=_explain, validate=_validate
+    compile_plan=compile_plan, check=check, adjoint_step=Vjp, backends=_backends, choose=choose, explain=_explain, validate=_validate
 )
 
 __all__ = [

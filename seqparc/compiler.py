@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from seqparc import structural as structural  # registers its handlers
+from seqparc.captured import Getter, reachable
 from seqparc.errors import InternalError, TraceError, UnsupportedOpError
 from seqparc.graphs import Graph, Key, carve, unify
 from seqparc.lower import Lowered, Lowering
 from seqparc.options import environment
+from seqparc.owngrad import Vjp, own_gradient
 from seqparc.plan import Plan, StateShape
 from seqparc.record import Trace, record
 from seqparc.runtime.interpreter import TorchKernel
@@ -78,8 +81,9 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
         program=chosen,
         scalar=scalar is not None,
         structure=structure,
-        attributes=graph.attributes,
+        attributes={name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()},
         frozen=lowered.frozen,
+        own_gradient=first.own_gradient,
         adjoint=adjoint,
         jacobian=jacobian,
         adjoint_jacobian=adjoint_jacobian,
@@ -88,13 +92,19 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     return plan
 
 
-def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], batch: int) -> Trace:
+@dataclass
+class Traced(Trace):
+    """A recording, with how to look its attributes up again, and where the cell cuts or replaces its gradient."""
+
+    getters: dict[str, Getter] = field(default_factory=dict)
+    own_gradient: tuple[str, ...] = ()
+
+
+def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], batch: int) -> Traced:
     """Record one step at a batch size, on samples of the given inputs."""
-    names: dict[int, str] = {}
-    if isinstance(cell, nn.Module):
-        names = {id(t): n for n, t in (*cell.named_parameters(), *cell.named_buffers())}
-    size = state[0].shape[0]
-    rows = torch.arange(batch, device=state[0].device) % size
+    found = list(reachable(cell.cell if isinstance(cell, Vjp) else cell))
+    size = state[0].shape[0] if state else x[0].shape[0]
+    rows = torch.arange(batch, device=x[0].device) % size
     # Each input a tensor of its own, so that a write to one is seen as just that.
     inputs = [t.detach().index_select(0, rows).clone() for t in (*x, *state)]
 
@@ -103,10 +113,15 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
         return [*(out or []), *following]
 
     with torch.no_grad():
-        made = record(step, inputs, names)
+        made = record(step, inputs, {id(t): name for name, _, t in found})
     if made.random:
         raise UnsupportedOpError(f"{made.random[0]}: the cell draws random numbers, which seqparc cannot follow yet")
-    return made
+    own = () if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
+    return Traced(**vars(made), getters={name: get for name, get, _ in found}, own_gradient=own)
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 def lower(graph: Graph) -> Lowered:

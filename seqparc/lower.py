@@ -312,9 +312,11 @@ class Lowering:
             return self._input(ir.leaf("state", self.graph.state.index(node), np.arange(size)[None]), val)
         if kind == "const" and node.op != "placeholder":
             return self._constant(node)
-        is_view = target in VIEWS or target in SPLITS or node.target.__name__ in ("_getitem", "_copied") if callable(node.target) else False
+        is_view = _moves_only(node)
         if kind in ("param", "x") and not is_view:
             return self._frontier(node, kind, val)
+        if _is_part(node):
+            return self.lower(node.args[0])[node.args[1]]
         handler = STRUCTURAL.get(target)
         args, kwargs = node.meta["static"][self.which]
         if handler is not None:
@@ -375,8 +377,6 @@ class Lowering:
 
     def _view(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         name = node.target.__name__ if callable(node.target) else ""
-        if name == "_getitem":
-            return self.lower(args[0])[args[1]]
         source = self.lower(args[0])
         if name == "_copied":
             return self.move(node, [source], lambda c: c[0].expand(args[1]))[0]
@@ -423,6 +423,18 @@ class Lowering:
             view = node.target(torch.from_numpy(inner), *args[1:], **kwargs)  # type: ignore[operator]
             return view.numpy() if isinstance(view, torch.Tensor) else None
         return None
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node picks one result of an operation that has several."""
+    return getattr(node.target, "__name__", "") == "_getitem"
+
+
+def _moves_only(node: fx.Node) -> bool:
+    """Whether a node only says where elements go; a part of a result is that only where the whole is."""
+    if _is_part(node):
+        return str(node.args[0].target) in SPLITS  # type: ignore[union-attr]
+    return str(node.target) in VIEWS or str(node.target) in SPLITS or getattr(node.target, "__name__", "") == "_copied"
 
 
 def _is_param(value: Value) -> bool:

@@ -32,13 +32,23 @@ class Plan:
     program: Program  # the lane program that runs
     scalar: bool
     structure: Any  # seqparc.passes.dependency.Structure
-    attributes: dict[str, torch.Tensor]
-    frozen: dict[str, torch.Tensor]  # tensors whose values the structure relies on
+    attributes: dict[str, Callable[[], torch.Tensor]]  # tensors the cell was found to use, looked up anew at every call
+    frozen: dict[str, torch.Tensor]  # attributes whose values the structure relies on
+    own_gradient: tuple[str, ...]  # where the cell cuts or replaces its own gradient, in words
     adjoint: Callable[[], Any]
     jacobian: Callable[[], Any]
     adjoint_jacobian: Callable[[], Any]
     notes: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._known = [(get, get().shape, get().dtype) for get in self.attributes.values()]
+
+    def stale(self) -> bool:
+        """Whether a tensor the cell uses has another shape or dtype now, or a constant other values."""
+        if any((t := get()).shape != shape or t.dtype != dtype for get, shape, dtype in self._known):
+            return True
+        return any((t := self.attributes[name]()).requires_grad or not torch.equal(t, v) for name, v in self.frozen.items())
 
     @property
     def place(self) -> np.ndarray:

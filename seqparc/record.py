@@ -28,6 +28,9 @@ aten = torch.ops.aten
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
+#: Functions under which the user's code runs while it is watched.
+_WATCHING = ("record", "own_gradient")
+
 #: Operations whose result is a Python number or has a shape that depends on values.
 _VALUE_DEPENDENT = frozenset(
     """aten._local_scalar_dense.default aten.item.default aten.equal.default aten.is_nonzero.default aten.nonzero.default
@@ -85,12 +88,12 @@ def user_source() -> Source | None:
         name = frame.f_code.co_filename
         if not name.startswith((_HERE, _TORCH)) and not name.startswith("<"):
             inside = frame
-            while frame is not None and not (frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_name == "record"):
+            while frame is not None and not (frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_name in _WATCHING):
                 frame = frame.f_back  # type: ignore[assignment]
             return Source(name, inside.f_lineno) if frame is not None else module_line
         if module_line is None and name.startswith(_TORCH + "nn" + os.sep):
             module_line = Source(name, frame.f_lineno)
-        if name.startswith(_HERE) and frame.f_code.co_name == "record":
+        if name.startswith(_HERE) and frame.f_code.co_name in _WATCHING:
             return module_line
         frame = frame.f_back  # type: ignore[assignment]
     return module_line

@@ -57,6 +57,7 @@ class Cut:
     rtol: float = 0.0
     max_passes: int | None = None
     on_divergence: str = "sequential"
+    patient: bool = False  # the user asked for this cut: passes go on as long as the gap falls
 
 
 @dataclass
@@ -188,6 +189,10 @@ def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Probl
     cost = max(longest, longest * lanes / p.kernel.lanes_wanted())
     gaps = outcome.gaps
     remaining: float = 1
+    if cut.patient:
+        if len(gaps) >= 4 and not min(gaps[-3:]) < gaps[-4]:  # also when it is not a number
+            return f"the gap does not fall ({gaps[-1]:.3g} after {len(gaps)} passes)"
+        return None
     if len(gaps) >= 2:
         ratio = gaps[-1] / gaps[-2] if gaps[-2] > 0 else 0.0
         if not ratio < 0.9:  # also when it is not a number

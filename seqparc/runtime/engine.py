@@ -73,6 +73,7 @@ class Engine:
             t0, length, choice.warmup, choice.update,
             atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
             max_passes=options.max_passes, on_divergence=options.on_divergence,
+            patient=options.strategy != "auto",
         )  # fmt: skip
 
         def make_jacobian() -> Kernel | None:
@@ -241,15 +242,17 @@ class Solve(torch.autograd.Function):
                 at += s.shape[1]
             shaped = [None if g is None else g.reshape(p.shape) for g, p in zip(g_params, params, strict=True)]
         results = (None, None, None, *parts, *g_streams, *shaped)
-        if torch.is_grad_enabled():
-            # create_graph=True: a second derivative through this one would be silently zero without this.
-            results = tuple(r if r is None else _Once.apply(r, *[t for t in tensors if t.requires_grad]) for r in results)
-        return results
+        return once(results, tensors) if torch.is_grad_enabled() else results
 
 
 def _unit(g: Tensor) -> Tensor:
     """A cotangent with a unit last stride."""
     return g if g.stride(-1) == 1 or g.shape[-1] == 1 else g.contiguous()
+
+
+def once(results: Sequence[Tensor | None], parents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients made with create_graph=True: a second derivative through them would be silently zero without this."""
+    return tuple(r if r is None else _Once.apply(r, *[t for t in parents if t.requires_grad]) for r in results)
 
 
 class _Once(torch.autograd.Function):

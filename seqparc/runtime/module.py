@@ -14,8 +14,10 @@ from seqparc import signature as sig
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
-from seqparc.runtime.engine import Engine, Solve
+from seqparc.runtime.engine import Engine
+from seqparc.runtime.own import OwnGradientCall
 from seqparc.runtime.reference import loop
+from seqparc.runtime.run import run
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
 TOOLS: dict[str, Callable[..., Any]] = {}
@@ -81,7 +83,7 @@ class CompiledRNN(nn.Module):
             outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
         else:
-            outputs, last = self._run(engine, leaves, start)
+            outputs, last = self._run(engine, convention, leaves, start)
             self._last = engine
         y_structure = convention.state if convention.out is None else convention.out
         return y_structure.unflatten(outputs), convention.state.unflatten(last)
@@ -141,7 +143,7 @@ class CompiledRNN(nn.Module):
         found: dict[str, Tensor] = {}
         for engine in self._engines.values():
             if isinstance(engine, Engine):
-                found.update({name: self._attribute(engine.plan, name) for name in engine.plan.attributes})
+                found.update({name: get() for name, get in engine.plan.attributes.items()})
         return found
 
     # -- arguments -------------------------------------------------------------------------------------------------------
@@ -193,90 +195,46 @@ class CompiledRNN(nn.Module):
             if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled("cpu"):
                 raise ShapeError(f"x is {wrong}, the cell's parameters are {parameter.dtype}; convert one with .to(dtype)")
 
-    def _engine(self, convention: sig.Convention, leaves: list[Tensor], start: list[Tensor]) -> Engine | str:
-        """The engine for these shapes; or, where the cell cannot be compiled but can be looped over, why."""
+    def _engine(self, convention: sig.Convention, leaves: list[Tensor], start: list[Tensor], step: Any = None) -> Engine | str:
+        """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
+        cell = self.cell if step is None else step
         key = (
             convention, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple((tuple(s.shape[1:]), s.dtype) for s in start),
             leaves[0].device.type, self.training,
         )  # fmt: skip
         engine = self._engines.get(key)
-        if isinstance(engine, Engine) and any(not torch.equal(self._attribute(engine.plan, n), v) for n, v in engine.plan.frozen.items()):
-            engine = None  # a mask or an index table has other values now
+        if isinstance(engine, Engine) and engine.plan.stale():
+            engine = None
         if engine is None:
             x_t = [v[:, 0] for v in leaves]
             try:
-                plan = TOOLS["compile_plan"](self.cell, convention, x_t, start)
+                plan = TOOLS["compile_plan"](cell, convention, x_t, start)
                 engine = Engine(plan, TOOLS["backends"](self.options.backend, leaves[0].device), self.options, TOOLS["choose"])
-                TOOLS["check"](plan, convention, self.cell, x_t, start, self._trial)
+                TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
-                warnings.warn(
-                    f"{self.name} is not compiled; it runs as the plain loop. {error}", SeqparcWarning, stacklevel=4
-                )
+                if step is None:
+                    message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
+                    warnings.warn(message, SeqparcWarning, stacklevel=4)
             self._engines[key] = engine
         return engine
 
-    # -- running ---------------------------------------------------------------------------------------------------------
-
-    def _attribute(self, plan: Plan, name: str) -> Tensor:
-        """The present value of a tensor the cell was found to use: by name if it is the cell's own, else the object itself."""
-        if isinstance(self.cell, nn.Module) and not name.startswith("lifted_"):
-            owner: Any = self.cell
-            for part in name.split(".")[:-1]:
-                owner = getattr(owner, part)
-            return getattr(owner, name.rsplit(".", 1)[-1])  # type: ignore[no-any-return]
-        return plan.attributes[name]
-
     def _trial(self, plan: Plan, x: list[Tensor], start: list[Tensor], make: Callable[..., Any]) -> list[Tensor]:
         engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), TOOLS["choose"])
-        return self._run(engine, x, start)[0]
+        return run(engine, x, start).outputs
 
-    def _run(self, engine: Engine, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        plan = engine.plan
-        batch, steps = x[0].shape[:2]
-        values: dict[Any, Any] = {("batch",): batch * steps}
+    def _run(self, engine: Engine, convention: sig.Convention, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        captured = [get() for get in engine.plan.attributes.values()]
+        if not engine.plan.own_gradient or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *captured))):
+            done = run(engine, x, start)
+            return done.outputs, done.last
 
-        def value(key: Any) -> Any:
-            if key not in values:
-                if key[0] == "attr":
-                    values[key] = self._attribute(plan, key[1])
-                elif key[0] == "x":
-                    values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
-            return values[key]
+        def adjoint(given: list[Tensor], mu: list[Tensor]) -> Engine:
+            step = TOOLS["adjoint_step"](self.cell, convention, len(x), [s.dtype.is_floating_point for s in start])
+            found = self._engine(step.signature, given, mu, step)
+            if isinstance(found, str):
+                raise UnsupportedOpError(f"the gradient of {self.name}, which is its own, cannot be compiled: {found}")
+            return found
 
-        weights = plan.weights.run(*map(value, plan.weights.inputs))
-        if all(d is not None for d in plan.direct):
-            streams = [x[d].flatten(2) if x[d].dim() > 2 else x[d].unsqueeze(-1) for d in plan.direct if d is not None]
-        else:
-            made = plan.prelude.run(*map(value, plan.prelude.inputs))
-            values |= {("stream", i): s for i, s in enumerate(made)}
-            streams = [s.reshape(batch, steps, -1) for s in made]
-        streams = [_ready(s, plan.dtype) for s in streams]
-        params = [w.to(plan.dtype) for w in weights]
-        flat = [s.reshape(batch, -1).to(plan.dtype) for s in start]
-        results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
-        shapes = list(zip(results[: len(flat)], results[len(flat) :], plan.states, strict=True))
-        states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, _, s in shapes]
-        last = [e.reshape(batch, *s.shape).to(s.dtype) for _, e, s in shapes]
-        if plan.readout is None:
-            return states, last
-        values |= {("param", i): w for i, w in enumerate(weights)}
-        for i, (y, s) in enumerate(zip(states, start, strict=True)):
-            values["next", i] = y.flatten(0, 1)
-            if ("state", i) in plan.readout.inputs:
-                values["state", i] = torch.cat((s.unsqueeze(1).to(y.dtype), y[:, :-1]), 1).flatten(0, 1)
-        for key in plan.readout.inputs:
-            if key[0] == "stream" and key not in values:
-                d = plan.direct[key[1]]
-                assert d is not None
-                values[key] = value(("x", d))
-        outputs = plan.readout.run(*map(value, plan.readout.inputs))
-        return [o.reshape(batch, steps, *o.shape[1:]) for o in outputs], last
-
-
-def _ready(stream: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stream as kernels read it: the arithmetic's dtype, unit last stride."""
-    stream = stream.to(dtype)
-    return stream if stream.stride(-1) == 1 or stream.shape[-1] == 1 else stream.contiguous()
-
-
+        asked = [t for t in captured if t.requires_grad and t.is_leaf]
+        return OwnGradientCall(self.cell, convention, engine, adjoint, asked)(x, start)

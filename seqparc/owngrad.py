@@ -1,0 +1,102 @@
+"""Cells that carry a gradient of their own: custom autograd.Function, detach, no_grad, gradient hooks.
+
+What such a cell computes is compiled like any other. Its derivative is what autograd makes of the user's code, so the adjoint
+recurrence is not derived from the program but traced: one step of it,
+
+    μ_before = (∂f/∂s)ᵀ (μ + ḡ_s) + (∂g/∂s)ᵀ ḡ_out,
+
+is a function of (x, s, ḡ_s, ḡ_out) and μ like any cell, linear in μ, and is compiled as one. The solver's Jacobians stay those of
+the program: a surrogate gradient says nothing about where a perturbed state goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from seqparc.convention import Convention
+from seqparc.record import user_source
+from seqparc.tree import LEAF, Structure
+
+#: Calls that cut or change a gradient, by name.
+_CUTS = frozenset(("detach", "detach_", "register_hook", "_set_grad_enabled", "requires_grad_"))
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every call that cuts or changes a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        owner = getattr(func, "__self__", None)
+        cut = name in _CUTS or (name == "__get__" and owner is Tensor.__dict__.get("data", torch._C.TensorBase.data))
+        off = name == "_set_grad_enabled" and args and args[0] is False
+        if cut and (off or (args and isinstance(args[0], Tensor) and args[0].requires_grad)):
+            word = "no_grad" if name == "_set_grad_enabled" else "data" if name == "__get__" else name
+            self.found.append(f"{word} at {user_source() or 'the cell'}")
+        return func(*args, **(kwargs or {}))
+
+
+def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[str, ...]:
+    """Where a cell cuts or replaces gradients, in words; nothing if its derivative is that of what it computes."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_(t.dtype.is_floating_point)
+
+    watch = _Watch()
+    with torch.enable_grad(), watch:
+        out, following = convention.call(cell, [leaf(t) for t in x], [leaf(t) for t in state])
+    todo = [t.grad_fn for t in (*(out or ()), *following)]
+    if any(t.is_inference() for t in (*(out or ()), *following)):
+        watch.found.append("inference_mode")
+    done: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in done:
+            done.add(node)
+            if isinstance(node, BackwardCFunction):
+                watch.found.append(f"the autograd function {type(node).__name__.removesuffix('Backward')}")
+            todo += [following for following, _ in node.next_functions]
+    return tuple(dict.fromkeys(watch.found))
+
+
+class Vjp:
+    """One step of a cell's adjoint recurrence, itself a cell: ((x…, s…, ḡ_s…, ḡ_out…), (μ…)) -> (μ_before…)."""
+
+    def __init__(self, cell: Any, convention: Convention, n_x: int, floating: Sequence[bool]) -> None:
+        self.cell, self.convention, self.n_x = cell, convention, n_x
+        self.floating = tuple(floating)  # of each state leaf: only these have a cotangent
+        self.n_out = 0 if convention.out is None else convention.out.count
+        self.__name__ = f"the gradient of {getattr(cell, '__name__', type(cell).__name__)}"
+
+    @property
+    def signature(self) -> Convention:
+        """How this is called."""
+        n = len(self.floating)
+        inputs = Structure("tuple", children=(LEAF,) * (self.n_x + n + sum(self.floating) + self.n_out))
+        return Convention(("x", "state"), Structure("tuple", children=(LEAF,) * sum(self.floating)), inputs)
+
+    def __call__(self, given: tuple[Tensor, ...], mu: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        n, k = len(self.floating), sum(self.floating)
+        x, state = given[: self.n_x], list(given[self.n_x : self.n_x + n])
+        g_state, g_out = given[self.n_x + n :][:k], given[self.n_x + n + k :]
+        with torch.enable_grad():
+            state = [s.detach().requires_grad_() if f else s for s, f in zip(state, self.floating, strict=True)]
+            out, following = self.convention.call(self.cell, list(x), state)
+        wanted = [s for s, f in zip(state, self.floating, strict=True) if f]
+        cotangents = [m + g for m, g in zip(mu, g_state, strict=True)]
+        pairs = list(zip([t for t, f in zip(following, self.floating, strict=True) if f], cotangents, strict=True))
+        pairs += list(zip(out or (), g_out, strict=True))
+        pairs = [(t, c) for t, c in pairs if t.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(s) for s in wanted)
+        found = torch.autograd.grad([t for t, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True)
+        return tuple(torch.zeros_like(s) if g is None else g for s, g in zip(wanted, found, strict=True))

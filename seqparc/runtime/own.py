@@ -1,0 +1,93 @@
+"""Backward of a cell that carries a gradient of its own: its adjoint recurrence compiled, then one eager call over all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqparc.convention import Convention
+from seqparc.runtime.engine import Engine, once
+from seqparc.runtime.run import Run, before, run
+
+
+@dataclass
+class OwnGradientCall:
+    """What backward needs to know about the call: `adjoint(x leaves, state leaves)` gives the engine of the traced adjoint step."""
+
+    cell: Any
+    convention: Convention
+    engine: Engine
+    adjoint: Callable[[list[Tensor], list[Tensor]], Engine]
+    captured: list[Tensor]  # tensors besides x and the state that a gradient is asked of
+
+    def __call__(self, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(output leaves, last state leaves), differentiable."""
+        results = OwnGradient.apply(self, len(x), len(start), *x, *start, *self.captured)
+        return list(results[: -len(start)]), list(results[-len(start) :])
+
+
+class OwnGradient(torch.autograd.Function):
+    """(x leaves, start leaves, captured tensors) -> (output leaves, last state leaves)."""
+
+    @staticmethod
+    def forward(ctx: Any, call: OwnGradientCall, n_x: int, n_s: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x, start = list(tensors[:n_x]), list(tensors[n_x : n_x + n_s])
+        done: Run = run(call.engine, x, start)
+        ctx.call, ctx.counts = call, (n_x, n_s)
+        ctx.save_for_backward(*tensors, *done.states)
+        ctx.mark_non_differentiable(*(t for t in (*done.outputs, *done.last) if not t.dtype.is_floating_point))
+        # Outputs that are the states themselves must not be returned as the tensors saved above.
+        return (*(t.view_as(t) for t in done.outputs), *done.last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call, (n_x, n_s) = ctx.call, ctx.counts
+        saved = ctx.saved_tensors
+        tensors, states = saved[:-n_s], saved[-n_s:]
+        x, start, captured = tensors[:n_x], tensors[n_x : n_x + n_s], tensors[n_x + n_s :]
+        create_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            found = _gradients(call, x, start, captured, states, grads[:-n_s], grads[-n_s:])
+        results = (None, None, None, *found)
+        return once(results, tensors) if create_graph else results
+
+
+def _gradients(
+    call: OwnGradientCall, x: Sequence[Tensor], start: Sequence[Tensor], captured: Sequence[Tensor], states: Sequence[Tensor],
+    g_out: Sequence[Tensor], g_last: Sequence[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, the start state and the captured tensors. λ_t, the cotangent of the state after step t, solves
+    λ_{t-1} = ḡ_{t-1} + vjp_t(λ_t, ḡ_out,t), run from the right by the same driver as any recurrence."""
+    floating = [s.dtype.is_floating_point for s in start]
+    earlier = [before(s, y) for s, y in zip(start, states, strict=True)]
+    of_states = call.convention.out is None
+    g_states = list(g_out) if of_states else [torch.zeros_like(y) for y in states]
+    outs = [] if of_states else list(g_out)
+    given = [*x, *earlier, *(g for g, f in zip(g_states, floating, strict=True) if f), *outs]
+    mu = [g for g, f in zip(g_last, floating, strict=True) if f]
+    reverse = [t.flip(1) for t in given]
+    engine = call.adjoint(reverse, mu)
+    done = run(engine, reverse, mu)
+    call.engine.stats = replace(call.engine.stats, backward=engine.stats)
+    arriving = [before(m, r).flip(1) for m, r in zip(mu, done.states, strict=True)]  # at the state after each step
+
+    flat_x = [t.flatten(0, 1).detach().requires_grad_(t.dtype.is_floating_point) for t in x]
+    flat_s = [t.flatten(0, 1).detach().requires_grad_(f) for t, f in zip(earlier, floating, strict=True)]
+    with torch.enable_grad():
+        out, following = call.convention.call(call.cell, flat_x, flat_s)
+        after = [t for t, f in zip(following, floating, strict=True) if f]
+        own = [g for g, f in zip(g_states, floating, strict=True) if f]
+        cotangents = [(m + g).flatten(0, 1) for m, g in zip(arriving, own, strict=True)]
+        pairs = [*zip(after, cotangents, strict=True), *zip(out or (), (g.flatten(0, 1) for g in outs), strict=True)]
+        pairs = [(t, c) for t, c in pairs if t.requires_grad]
+        wanted = [t for t in (*flat_x, *captured) if t.requires_grad]
+        grads = torch.autograd.grad([t for t, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True) if pairs and wanted else ()
+    by_tensor = {id(t): g for t, g in zip(wanted, grads, strict=True)} if grads else {}
+    g_x = [g if (g := by_tensor.get(id(f))) is None else g.reshape(t.shape) for f, t in zip(flat_x, x, strict=True)]
+    ends = iter(done.last)
+    g_start = [next(ends) if f else None for f in floating]
+    return [*g_x, *g_start, *(by_tensor.get(id(t)) for t in captured)]

@@ -1,0 +1,71 @@
+"""One run of a plan over whole sequences: prelude, recurrence, readout."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqparc.runtime.engine import Engine, Solve
+
+
+class Run(NamedTuple):
+    """Leaves: the states after each step [batch, time, ...], the outputs [batch, time, ...], the last state [batch, ...]."""
+
+    states: list[Tensor]
+    outputs: list[Tensor]
+    last: list[Tensor]
+
+
+def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
+    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable."""
+    plan = engine.plan
+    batch, steps = x[0].shape[:2]
+    values: dict[Any, Any] = {("batch",): batch * steps}
+
+    def value(key: Any) -> Any:
+        if key not in values:
+            if key[0] == "attr":
+                values[key] = plan.attributes[key[1]]()
+            elif key[0] == "x":
+                values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
+        return values[key]
+
+    weights = plan.weights.run(*map(value, plan.weights.inputs))
+    if all(d is not None for d in plan.direct):
+        streams = [x[d].flatten(2) if x[d].dim() > 2 else x[d].unsqueeze(-1) for d in plan.direct if d is not None]
+    else:
+        made = plan.prelude.run(*map(value, plan.prelude.inputs))
+        values |= {("stream", i): s for i, s in enumerate(made)}
+        streams = [s.reshape(batch, steps, -1) for s in made]
+    streams = [_ready(s, plan.dtype) for s in streams]
+    params = [w.to(plan.dtype) for w in weights]
+    flat = [s.reshape(batch, -1).to(plan.dtype) for s in start]
+    results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
+    shapes = list(zip(results[: len(flat)], results[len(flat) :], plan.states, strict=True))
+    states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, _, s in shapes]
+    last = [e.reshape(batch, *s.shape).to(s.dtype) for _, e, s in shapes]
+    if plan.readout is None:
+        return Run(states, states, last)
+    values |= {("param", i): w for i, w in enumerate(weights)}
+    for i, (y, s) in enumerate(zip(states, start, strict=True)):
+        values["next", i] = y.flatten(0, 1)
+        if ("state", i) in plan.readout.inputs:
+            values["state", i] = before(s, y).flatten(0, 1)
+    for key in plan.readout.inputs:
+        if key[0] == "stream" and key not in values:
+            values[key] = value(("x", plan.direct[key[1]]))
+    outputs = plan.readout.run(*map(value, plan.readout.inputs))
+    return Run(states, [o.reshape(batch, steps, *o.shape[1:]) for o in outputs], last)
+
+
+def before(start: Tensor, states: Tensor) -> Tensor:
+    """The state before each step, [batch, time, ...]."""
+    return torch.cat((start.unsqueeze(1).to(states.dtype), states[:, :-1]), 1)
+
+
+def _ready(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stream as kernels read it: the arithmetic's dtype, unit last stride."""
+    stream = stream.to(dtype)
+    return stream if stream.stride(-1) == 1 or stream.shape[-1] == 1 else stream.contiguous()
