@@ -74,6 +74,14 @@ class _Printer:
         self.scalar = all(v.size == 1 for v in ir.topological(self.program.outputs))
         self.groups: dict[tuple[str, int, object], int] = {}  # offset arrays: (kind, slot, how the lane enters)
         self.param_regs: dict[ir.Leaf, int] = {}
+        # Vector programs: stream elements as arrays of the step, and emits kept until its end where they are written in rows.
+        self.loads = {} if self.scalar else {v: i for i, v in enumerate(ir.leaves(self.program.outputs, "stream"))}
+        self.kept: dict[int, str] = {}
+        if not self.scalar:
+            following = {v: f"n{i}" for i, v in enumerate(self.program.next)}
+            for i, s in enumerate(self.program.emits):
+                if _side_by_side(s.index.array):
+                    self.kept[i] = following.get(s.value, f"e{i}")
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 
@@ -141,7 +149,9 @@ class _Printer:
                         group, offset, mode = self.lane_group("x", slot, index.array)
                         text = f"LOAD_{mode}(x{slot} + {offset} + k * x{slot}_t, o{group} + u * W)"
                     else:
-                        text = f"sp_gather(x{slot} + ({self.address(index.array[:, position])}) + k * x{slot}_t, x{slot}_o + u * W)"
+                        text = f"l{self.loads[value]}[{self.position(position)}][u]"
+                        memo[key] = text
+                        return text
                 case ir.Leaf(kind="param", slot=slot, index=index):
                     if self.scalar and self.program.lanes > 1:
                         leaf = value
@@ -210,15 +220,44 @@ class _Printer:
             case "emit":
                 s = self.program.emits[t.number]
                 index = s.index.array[:, t.at : t.at + size]
+                if t.number in self.kept:
+                    return [f"EACH e{t.number}[{at}][u] = {name};"] if self.kept[t.number] == f"e{t.number}" else []
                 if self.scalar:
                     group, offset, mode = self.lane_group("y", s.slot, index)
                     return [f"if (y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
                 at = f"y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t"
                 return [f"if (y{s.slot}) EACH STORE_ANY({at}, y{s.slot}_o + u * W, {name});"]
 
+    def load_lines(self) -> list[str]:
+        """Vector programs: everything the step reads of its streams."""
+        lines = []
+        for leaf, number in self.loads.items():
+            at = f"x{leaf.slot} + ({self.address(leaf.index.array[:, :1])}) + k * x{leaf.slot}_t"
+            if _side_by_side(leaf.index.array):
+                lines.append(f"load_rows({at}, x{leaf.slot}_o, {leaf.size}, l{number}, U);")
+            else:
+                one = f"x{leaf.slot} + ({self.address(leaf.index.array)}) + k * x{leaf.slot}_t"
+                lines.append(f"for (int64_t i = 0; i < {leaf.size}; i++) EACH l{number}[i][u] = sp_gather({one}, x{leaf.slot}_o + u * W);")
+        return lines
+
+    def store_lines(self) -> list[str]:
+        """Vector programs: everything the step writes that lies side by side."""
+        lines = []
+        for i, name in self.kept.items():
+            s = self.program.emits[i]
+            row = f"y{s.slot} + ({self.address(s.index.array[:, :1])}) + k * y{s.slot}_t"
+            lines += [
+                f"if (y{s.slot} && full) store_rows({row}, y{s.slot}_o, {s.value.size}, {name}, U);",
+                f"else if (y{s.slot}) for (int64_t i = 0; i < {s.value.size}; i++)",
+                f"  EACH put_live({row} + i, y{s.slot}_o + u * W, {name}[i][u], length + u * W, k);",
+            ]
+        return lines
+
     def array_name(self, value: Value) -> str:
         if value in self.plan.arrays:
             return f"a{self.plan.arrays[value]}"
+        if value in self.loads:
+            return f"l{self.loads[value]}"  # type: ignore[index]
         assert isinstance(value, ir.Leaf) and value.kind == "state"
         return f"s{self.program.state.index(value)}"
 
@@ -341,6 +380,11 @@ def _pack(v: ir.Contract) -> tuple[list[_Block], Ints]:
     return blocks, np.concatenate(pieces)
 
 
+def _side_by_side(index: Ints) -> bool:
+    """Whether the elements of every lane lie one after the other in memory."""
+    return index.shape[1] > 1 and bool((np.diff(index, axis=1) == 1).all())
+
+
 def _number(value: float, double: bool) -> str:
     if value != value:
         return "NAN"
@@ -369,6 +413,8 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
 
     width = 4 if p.scalar and len(p.plan.arrays) == 0 and p.program.n <= 2 else 2
     arrays = [(f"a{number}", v.size + ROWS) for v, number in p.plan.arrays.items()]
+    arrays += [(f"l{number}", v.size) for v, number in p.loads.items()]
+    arrays += [(name, p.program.emits[i].value.size) for i, name in p.kept.items() if name.startswith("e")]
     following = [(f"n{i}", v.size) for i, v in enumerate(p.program.next)]
     states = [(f"s{i}", v.size) for i, v in enumerate(p.program.state)]
     sums = [(f"c{i}", s.value.size) for i, s in enumerate(p.program.sums)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,10 @@ class CKernel:
         self.program, self.dtype = program, dtype
         self.compiled: CSource = emit(program, dtype is torch.float64)
         library, self.path = load(self.compiled.text)
-        self._run = library.seqparc_run
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+        self._run, self._gap = library.seqparc_run, library.seqparc_gap
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._run.argtypes, self._run.restype = [pointer], None
+        self._gap.argtypes, self._gap.restype = [pointer, pointer, number, number, ctypes.c_double, ctypes.c_double, pointer], None
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
         self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
@@ -65,8 +68,9 @@ class CKernel:
         start = start.contiguous()
         end = torch.empty_like(start)
         args: list[int] = [
-            chunks, batch, torch.get_num_threads(), t0.ctypes.data, length.ctypes.data, start.data_ptr(), end.data_ptr(), row,
+            chunks, batch, torch.get_num_threads(), _address(t0), _address(length), start.data_ptr(), end.data_ptr(), row,
         ]  # fmt: skip
+
         def time(x: Tensor) -> tuple[int, int, int]:
             """Address and strides; backwards in time is the last step's address and a negative stride."""
             if not backwards:
@@ -79,6 +83,18 @@ class CKernel:
         for y in emits:
             args += (0, 0, 0) if y is None else time(y)
         args += [0 if z is None else z.data_ptr() for z in sums]
-        packed = np.array(args, np.int64)
-        self._run(packed.ctypes.data)
+        packed = array("q", args)
+        self._run(packed.buffer_info()[0])
         return end
+
+    def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
+        """See `seqparc.runtime.driver.Kernel`."""
+        chunks = len(start)
+        start, target = start.contiguous(), target.contiguous()
+        worst = np.empty(chunks)
+        self._gap(start.data_ptr(), target.data_ptr(), chunks, start.numel() // chunks, atol, rtol, _address(worst))
+        return worst
+
+
+def _address(a: np.ndarray) -> int:
+    return int(a.__array_interface__["data"][0])

@@ -116,7 +116,7 @@ def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, .
 
 
 def _addressable(value: Value) -> bool:
-    return isinstance(value, ir.Leaf) and value.kind in ("state", "param")
+    return isinstance(value, ir.Leaf) and value.kind in ("state", "stream", "param")
 
 
 def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:

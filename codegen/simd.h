@@ -22,6 +22,7 @@
 #include <stdint.h>
 
 #define SP_FN static inline __attribute__((always_inline, unused))
+#define SP_UNROLL _Pragma("GCC unroll 16")
 
 #if defined(__AVX512F__)
 #define SP_BYTES 64
@@ -93,6 +94,47 @@ SP_FN vf sp_gather(const real *p, const int64_t *off) {
 
 SP_FN void sp_scatter(real *p, const int64_t *off, vf x) {
   for (int l = 0; l < W; l++) p[off[l]] = x[l];
+}
+
+/* W x W numbers turned: element e of r[i] becomes element i of r[e]. log2(W) stages, each exchanging bit s of i and e. */
+#define SP_STAY(s, e) ((e) & (s) ? W + (e) - (s) : (e))
+#define SP_GO(s, e) ((e) & (s) ? W + (e) : (e) + (s))
+#define SP_2(f, s, e) f(s, e), f(s, (e) + 1)
+#define SP_4(f, s, e) SP_2(f, s, e), SP_2(f, s, (e) + 2)
+#define SP_8(f, s, e) SP_4(f, s, e), SP_4(f, s, (e) + 4)
+#define SP_16(f, s, e) SP_8(f, s, e), SP_8(f, s, (e) + 8)
+#if SP_BYTES / SP_SIZE == 2
+#define SP_ROW SP_2
+#elif SP_BYTES / SP_SIZE == 4
+#define SP_ROW SP_4
+#elif SP_BYTES / SP_SIZE == 8
+#define SP_ROW SP_8
+#else
+#define SP_ROW SP_16
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+#define SP_EXCHANGE(s)                                         \
+  for (int i = 0; i < W; i++)                                  \
+    if (!(i & (s))) {                                          \
+      vf a = r[i], b = r[i + (s)];                             \
+      r[i] = SP_SHUFFLE(a, b, SP_ROW(SP_STAY, s, 0));          \
+      r[i + (s)] = SP_SHUFFLE(a, b, SP_ROW(SP_GO, s, 0));      \
+    }
+SP_FN void sp_turn(vf *r) {
+  SP_UNROLL SP_EXCHANGE(1)
+#if SP_BYTES / SP_SIZE > 2
+  SP_UNROLL SP_EXCHANGE(2)
+#endif
+#if SP_BYTES / SP_SIZE > 4
+  SP_UNROLL SP_EXCHANGE(4)
+#endif
+#if SP_BYTES / SP_SIZE > 8
+  SP_UNROLL SP_EXCHANGE(8)
+#endif
 }
 
 /* ---- Bits, selection, comparison ---- */

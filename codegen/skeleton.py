@@ -45,6 +45,47 @@ _HEAD = """\
 static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {{
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }}
+
+// n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
+INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {{
+  for (int u = 0; u < U; u++) {{
+    for (int64_t i = 0; i < n; i += W) {{
+      if (i + W > n && n >= W) i = n - W;
+      if (n < W) {{ to[i][u] = sp_gather(p + i, o + u * W); i -= W - 1; continue; }}
+      vf r[W];
+      SP_UNROLL for (int l = 0; l < W; l++) r[l] = sp_load(p + o[u * W + l] + i);
+      sp_turn(r);
+      SP_UNROLL for (int l = 0; l < W; l++) to[i + l][u] = r[l];
+    }}
+  }}
+}}
+
+INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_MOST], const int U) {{
+  for (int u = 0; u < U; u++) {{
+    for (int64_t i = 0; i < n; i += W) {{
+      if (i + W > n && n >= W) i = n - W;
+      if (n < W) {{ sp_scatter(p + i, o + u * W, from[i][u]); i -= W - 1; continue; }}
+      vf r[W];
+      SP_UNROLL for (int l = 0; l < W; l++) r[l] = from[i + l][u];
+      sp_turn(r);
+      SP_UNROLL for (int l = 0; l < W; l++) sp_store(p + o[u * W + l] + i, r[l]);
+    }}
+  }}
+}}
+"""
+
+_GAP = """
+// The largest move of each chunk's start state in units of atol + rtol |start|; a NaN that was one before has not moved.
+void seqparc_gap(const real* start, const real* target, int64_t chunks, int64_t numbers, double atol, double rtol, double* worst) {
+  for (int64_t c = 0; c < chunks; c++) {
+    worst[c] = 0;
+    for (int64_t i = c * numbers; i < (c + 1) * numbers; i++) {
+      const double a = start[i], b = target[i], move = fabs(b - a) / (atol + rtol * fabs(a));
+      if (a == b || (a != a && b != b)) continue;
+      if (move != move) worst[c] = INFINITY; else if (move > worst[c]) worst[c] = move;
+    }
+  }
+}
 """
 
 
@@ -135,7 +176,9 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     step = [
         "const int full = k < shortest;",
         "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
+        *p.load_lines(),
         *body,
+        *p.store_lines(),
         *(
             f"{_for(size)}EACH {s}[{_i(size)}][u] = full ? {n}[{_i(size)}][u] : sp_where(live[u], {n}[{_i(size)}][u], {s}[{_i(size)}][u]);"
             for (s, size), (n, _) in zip(states, following, strict=True)
@@ -153,7 +196,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         )
     main.append("#undef G")
     out += ["  " + line if not line.startswith("#") else line for line in main]
-    out += ["}", "", *_entry(p, width)]
+    out += ["}", _GAP, *_entry(p, width)]
     return "\n".join(out) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from seqparc.options import Options
@@ -25,6 +26,7 @@ class Choice:
     reasons: tuple[str, ...]
 
 
+@functools.lru_cache(512)
 def choose(
     options: Options, *, steps: int, lanes: int, wanted: int, n: int, exact_possible: bool, affine: bool, warmup: int | None
 ) -> Choice:

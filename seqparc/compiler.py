@@ -39,6 +39,9 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
     program = lanes.split_lanes(lowered.program, structure)  # -> Program of one lane
     scalar = lanes.scalarise(program)  # -> Program over single numbers, or None
+    if scalar is None and program.lanes == 1:
+        lowered = lower(graph, fold=True)  # -> Lowered: with narrow inputs' products inside
+        program = lanes.split_lanes(lowered.program, structure)
     chosen = scalar or program
     if environment("SEQPARC_VERIFY") == "1":
         from seqparc.verify import verify
@@ -124,9 +127,9 @@ def _same(t: Tensor) -> Tensor:
     return t
 
 
-def lower(graph: Graph) -> Lowered:
+def lower(graph: Graph, fold: bool = False) -> Lowered:
     """The core in the IR; lowered at both batch sizes, which must agree."""
-    first, second = Lowering(graph, 0).run(), Lowering(graph, 1).run()
+    first, second = Lowering(graph, 0, fold).run(), Lowering(graph, 1, fold).run()
     if first.program != second.program:
         raise TraceError(
             f"the cell computes something else at batch size {graph.batch_sizes[0]} than at {graph.batch_sizes[1]}: the batch size is "

@@ -55,8 +55,8 @@ class Lowered:
 class Lowering:
     """Lowers the core of a graph at one of its two batch sizes."""
 
-    def __init__(self, graph: Graph, which: int = 0) -> None:
-        self.graph, self.which = graph, which
+    def __init__(self, graph: Graph, which: int = 0, fold: bool = False) -> None:
+        self.graph, self.which, self.folding = graph, which, fold
         self.batch_size = graph.batch_sizes[which]
         self.done: dict[fx.Node, Any] = {}
         self.streams: list[fx.Node] = []
@@ -313,7 +313,7 @@ class Lowering:
         if kind == "const" and node.op != "placeholder":
             return self._constant(node)
         is_view = _moves_only(node)
-        if kind in ("param", "x") and not is_view:
+        if kind in ("param", "x") and not is_view and not (self.folding and _worth_folding(node)):
             return self._frontier(node, kind, val)
         if _is_part(node):
             return self.lower(node.args[0])[node.args[1]]
@@ -423,6 +423,27 @@ class Lowering:
             view = node.target(torch.from_numpy(inner), *args[1:], **kwargs)  # type: ignore[operator]
             return view.numpy() if isinstance(view, torch.Tensor) else None
         return None
+
+
+#: Products with a weight, and where their two factors stand.
+_PRODUCTS = {"aten.mm.default": (0, 1), "aten.addmm.default": (1, 2)}
+#: A product of x with a weight is folded into the core if x has at most this many numbers, and this many times fewer than come out.
+FOLD_MOST, FOLD_RATIO = 16, 3
+
+
+def _worth_folding(node: fx.Node) -> bool:
+    """Whether a value made from x alone is better computed inside the loop: its traffic costs more than its arithmetic."""
+    target = str(node.target)
+    if target in _PRODUCTS:
+        left, right = (node.args[i] for i in _PRODUCTS[target])
+        if not isinstance(left, fx.Node) or left.meta["kind"] != "x" or right.meta["kind"] != "param":  # type: ignore[union-attr]
+            return False
+        inside, outside = (n.meta["val"].shape[-1] for n in (left, node))
+        return bool(inside <= FOLD_MOST and outside >= FOLD_RATIO * inside and left.meta["val"].dim() == 2)
+    if target in ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor"):
+        made = [a for a in node.all_input_nodes if a.meta["kind"] == "x"]
+        return bool(made) and all(_worth_folding(a) for a in made)
+    return False
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +51,7 @@ class Plan:
             return True
         return any((t := self.attributes[name]()).requires_grad or not torch.equal(t, v) for name, v in self.frozen.items())
 
-    @property
+    @functools.cached_property
     def place(self) -> np.ndarray:
         """[lanes, n]: where each state number of a lane lies in the flat state of a sample."""
         offsets = np.concatenate([[0], np.cumsum(self.program.state_sizes)])

@@ -15,7 +15,7 @@ from seqparc.convention import HELP, Convention, Order, called, declared_order, 
 from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
 from seqparc.tree import LEAF, Structure, describe, flatten, seen
 
-__all__ = ["Convention", "Structure", "broadcast_state", "called", "describe", "discover", "flatten", "initial_state"]
+__all__ = ["METHODS", "Convention", "Structure", "broadcast_state", "called", "describe", "discover", "flatten", "initial_state"]
 
 #: Methods of a cell that make its initial state for a batch size.
 METHODS = ("init_state", "initial_state", "init_hidden")

@@ -75,6 +75,8 @@ def test_the_parameters_stay_the_users() -> None:
     cell = Gated()
     rnn = seqparc.compile(cell)
     assert rnn.cell is cell
+    x = sequence(2, 40, 6)
+    rnn(x)
     assert list(rnn.state_dict()) == ["cell.w"]
     assert next(rnn.parameters()) is cell.w
     x = sequence(2, 40, 6)

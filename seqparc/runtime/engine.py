@@ -100,14 +100,13 @@ class Engine:
     def forward(
         self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], steps: int
     ) -> tuple[list[Tensor], Tensor]:
-        """State sequences [batch, time, numbers] per slot (each with its start in front, when that costs nothing), last state."""
+        """The states per slot, [batch, 1 + time, numbers] with the start state in front, and the last state."""
         plan = self.plan
         batch = start[0].shape[0]
-        room = [s.new_empty(batch, steps + (batch == 1), s.shape[1]) for s in start]
-        if batch == 1:
-            for r, s in zip(room, start, strict=True):
-                r[:, 0] = s
-        emits = [r[:, 1:] if batch == 1 else r for r in room]
+        room = [s.new_empty(batch, steps + 1, s.shape[1]) for s in start]
+        for r, s in zip(room, start, strict=True):
+            r[:, 0] = s
+        emits = [r[:, 1:] for r in room]
         outcome, self.stats = self.solve(
             "forward", plan.program, plan.jacobian, start=torch.cat(list(start), -1), steps=steps, streams=streams, params=params,
             emits=emits,
@@ -207,30 +206,24 @@ class Solve(torch.autograd.Function):
         n_state, n_stream = counts
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
         room, end = engine.forward(start, streams, params, steps)
-        joined = start[0].shape[0] == 1
-        states = [r[:, 1:] if joined else r for r in room]
-        ctx.engine, ctx.counts, ctx.joined = engine, counts, joined
-        ctx.save_for_backward(*tensors, *states)
-        ctx.room = room if joined else None
+        ctx.engine, ctx.counts = engine, counts
+        ctx.save_for_backward(*tensors, *room)
         last, at = [], 0
         for s in start:
             last.append(end[:, at : at + s.shape[1]])
             at += s.shape[1]
-        return (*states, *last)
+        return (*(r[:, 1:] for r in room), *last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n_state, n_stream = ctx.counts
         saved = ctx.saved_tensors
-        tensors, states = saved[:-n_state], saved[-n_state:]
+        tensors, room = saved[:-n_state], saved[-n_state:]
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
         with torch.no_grad():
-            if ctx.joined:
-                before = [r[:, :-1] for r in ctx.room]
-            else:
-                before = [torch.cat((s[:, None], y[:, :-1]), 1) for s, y in zip(start, states, strict=True)]
+            before = [r[:, :-1] for r in room]
             g_states = [
-                _unit(g) if g is not None else y.new_zeros(y.shape[-1]).expand_as(y) for g, y in zip(grads[:n_state], states, strict=True)
+                _unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(grads[:n_state], before, strict=True)
             ]
             g_last = torch.cat(
                 [g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)], -1

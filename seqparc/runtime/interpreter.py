@@ -5,6 +5,7 @@ It is the fallback, and the second implementation that every generated kernel is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,6 +92,12 @@ class TorchKernel:
             if z is not None and total is not None:
                 z.copy_(total)
         return state
+
+    def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
+        """See `seqparc.runtime.driver.Kernel`."""
+        size = (target - start).abs_().div_(start.abs().mul_(rtol).add_(atol)).nan_to_num_(nan=math.inf)
+        size.masked_fill_((target == start) | (target.isnan() & start.isnan()), 0.0)
+        return size.flatten(1).amax(1).cpu().numpy()
 
     def evaluate(self, state: Tensor, streams: Sequence[Tensor], fixed: dict[ir.Leaf, Tensor]) -> dict[Value, Tensor]:
         """Every value of one step. state: [chunks, batch, numbers], streams alike."""

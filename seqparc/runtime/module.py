@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,9 +42,9 @@ class CompiledRNN(nn.Module):
 
     def _forget(self) -> None:
         """Drop everything that is remade at the next call."""
-        self._conventions: dict[Any, sig.Convention] = {}
+        self._understood: dict[Any, tuple[sig.Convention, list[Tensor] | None]] = {}
+        self._first: tuple[Tensor, ...] = ()  # the first parameter, which stands for where the cell is and its dtype
         self._engines: dict[Any, Engine | str] = {}
-        self._states: dict[Any, Any] = {}
         self._last: Engine | Stats = Stats()
 
     @property
@@ -53,7 +54,7 @@ class CompiledRNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         keep = dict(self.__dict__)
-        for name in ("_conventions", "_engines", "_states", "_last"):
+        for name in ("_understood", "_first", "_engines", "_last"):
             keep.pop(name, None)
         return keep
 
@@ -151,6 +152,24 @@ class CompiledRNN(nn.Module):
     def understand(self, x: Any, state: Any = None) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
         """Leaves of x, how the cell is called, leaves of the state to start from. Raises ShapeError, StateError, SignatureError."""
         leaves, structure = sig.flatten(x)
+        given = None if state is None else sig.flatten(state)
+        parameter = self._first[0] if self._first else None
+        about = (
+            structure, tuple((v.shape[0], v.shape[2:], v.dtype, v.device) for v in leaves),
+            None if given is None else (given[1], tuple((s.shape, s.dtype, s.device) for s in given[0])),
+            None if parameter is None else (parameter.dtype, parameter.device),
+        )  # fmt: skip
+        known = self._understood.get(about)
+        if known is not None and len({v.shape[1] for v in leaves}) == 1 and leaves[0].shape[1]:
+            convention, start = known
+            if given is not None or start is not None:
+                return leaves, convention, given[0] if given is not None else start
+        return self._understand(about, leaves, structure, state)
+
+    def _understand(
+        self, about: Any, leaves: list[Tensor], structure: sig.Structure, state: Any
+    ) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
+        """The same, at length; what can be reused is remembered for calls like this one."""
         if not leaves:
             raise ShapeError("x holds no tensor; give [batch, time, ...]")
         lead = leaves[0].shape[:2]
@@ -164,25 +183,21 @@ class CompiledRNN(nn.Module):
             raise ShapeError(f"x has shape {list(leaves[0].shape)}: an empty {'sequence' if steps == 0 else 'batch'} has no states")
         self._check_place(leaves)
         x_t = structure.unflatten([v[:, 0] for v in leaves])
+        fixed = state is None and not callable(self._given) and not any(hasattr(self.cell, m) for m in sig.METHODS)
         if state is None:
-            about = (batch, structure, leaves[0].device, tuple(p.dtype for p in self.parameters()))
-            fixed = not callable(self._given) and not any(hasattr(self.cell, m) for m in ("init_state", "initial_state", "init_hidden"))
-            if fixed and about in self._states:
-                state = self._states[about]
-            else:
-                state = sig.initial_state(self.cell, x_t, batch, given=self._given)
-                if fixed and not any(t.requires_grad for t in sig.flatten(state)[0]):
-                    self._states[about] = state
-        start, state_structure = sig.flatten(state)
+            state = sig.initial_state(self.cell, x_t, batch, given=self._given)
+        start, _ = sig.flatten(state)
         for i, leaf in enumerate(start):
             if leaf.dim() < 1 or leaf.shape[0] != batch:
                 raise StateError(f"the state's leaf {i} has shape {list(leaf.shape)}, x has batch {batch}; a state is [batch, ...]")
             if leaf.device != leaves[0].device:
                 raise ShapeError(f"the state's leaf {i} is on {leaf.device}, x on {leaves[0].device}")
-        key = (structure, state_structure, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple(tuple(s.shape[1:]) for s in start))
-        if key not in self._conventions:
-            self._conventions[key] = sig.discover(self.cell, x_t, batch, state, self._signature, self.name)
-        return leaves, self._conventions[key], start
+        known = self._understood.get(about)
+        convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known[0]
+        keep = fixed and not any(t.requires_grad for t in start)
+        self._first = tuple(itertools.islice(self.parameters(), 1))
+        self._understood[about] = convention, start if keep else None
+        return leaves, convention, start
 
     def _check_place(self, leaves: Sequence[Tensor]) -> None:
         parameter = next(self.parameters(), None)
