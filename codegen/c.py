@@ -28,6 +28,8 @@ Ints = NDArray[np.integer[Any]]
 ROWS = 6
 #: Row blocks of one contraction that are written out; more become a loop over rows.
 MOST_BLOCKS = 8
+#: Operations of a scalar program from which on the code for a second vector per tile is not worth compiling.
+MUCH_CODE = 130
 #: Bytes of stack one thread may use for a tile.
 STACK_LIMIT = 2_000_000
 
@@ -380,6 +382,14 @@ def _pack(v: ir.Contract) -> tuple[list[_Block], Ints]:
     return blocks, np.concatenate(pieces)
 
 
+def _width(p: _Printer) -> int:
+    """Vectors per tile: as many as hide the latency of a step's chain of operations; one where that would be much code."""
+    if not p.scalar:
+        return 2
+    operations = sum(not isinstance(v, ir.Leaf) for v in ir.topological(p.program.outputs))
+    return 1 if operations > MUCH_CODE else 4 if p.program.n <= 2 else 2
+
+
 def _side_by_side(index: Ints) -> bool:
     """Whether the elements of every lane lie one after the other in memory."""
     return index.shape[1] > 1 and bool((np.diff(index, axis=1) == 1).all())
@@ -411,7 +421,7 @@ def emit(program: Program, double: bool) -> CSource:
 def _assemble(p: _Printer, body: list[str]) -> CSource:
     from seqparc.codegen import skeleton
 
-    width = 4 if p.scalar and len(p.plan.arrays) == 0 and p.program.n <= 2 else 2
+    width = _width(p)
     arrays = [(f"a{number}", v.size + ROWS) for v, number in p.plan.arrays.items()]
     arrays += [(f"l{number}", v.size) for v, number in p.loads.items()]
     arrays += [(name, p.program.emits[i].value.size) for i, name in p.kept.items() if name.startswith("e")]

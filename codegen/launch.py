@@ -38,9 +38,12 @@ class CKernel:
     def source(self) -> str:
         return self.compiled.text
 
-    def lanes_wanted(self) -> int:
-        """Lanes (chunks × batch × lanes of the program) that fill the machine."""
-        return torch.get_num_threads() * self.vector * self.tile
+    def chunks_wanted(self, batch: int) -> int:
+        """See `seqparc.runtime.driver.Kernel`."""
+        tile, threads, lanes = self.vector * self.tile, torch.get_num_threads(), self.program.lanes
+        if self.compiled.scalar:
+            return -(-threads * tile // (batch * lanes))
+        return -(-tile * -(-threads // lanes) // batch)  # a tile of a vector program holds one of its lanes
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Parameters as the kernel reads them; once per call."""

@@ -51,7 +51,7 @@ class Schedule:
     arrays: dict[Value, int]
 
 
-class TooIrregularError(Exception):
+class TooIrregularError(ValueError):
     """A gather so scattered that straight loops do not express it."""
 
 

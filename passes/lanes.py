@@ -8,6 +8,8 @@ keeps one lane. Nothing is assumed about shapes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +21,8 @@ Ints = NDArray[np.int32]
 
 #: State numbers per lane up to which a lane's program is written out number by number.
 SCALAR_LIMIT = 8
-#: Values a scalar program may have before it stays a vector program.
-SCALAR_VALUES = 3000
+#: Operations a scalar program may have, and one derived from a scalar program: compilers take long over straight lines.
+SCALAR_VALUES, DERIVED_VALUES = 200, 500
 
 
 class _DifferentError(Exception):
@@ -129,16 +131,17 @@ class _Pull:
         return self.pull(value, columns), index.reshape(needed.shape[1:])
 
 
-def scalarise(program: Program, limit: int | None = SCALAR_LIMIT) -> Program | None:
+def scalarise(program: Program, derived: bool = False) -> Program | None:
     """The same program with every value a single number: registers and straight-line code. None if it is too large for that.
 
-    `limit` bounds the state numbers of a lane; None for programs derived from one that is scalar.
+    `derived`: from a program that is scalar itself; its state may be larger.
     """
-    if limit is not None and program.n > limit:
+    most = DERIVED_VALUES if derived else SCALAR_VALUES
+    if not derived and program.n > SCALAR_LIMIT:
         return None
     work = sum(v.size * (v.ia.shape[1] if isinstance(v, ir.Contract) else 1) for v in ir.topological(program.outputs)
                if not isinstance(v, ir.Leaf))  # fmt: skip
-    if work > SCALAR_VALUES:
+    if work > 16 * most:  # hopeless, however much of it turns out shared or zero
         return None
     done: dict[tuple[Value, int], Value] = {}
 
@@ -165,11 +168,8 @@ def scalarise(program: Program, limit: int | None = SCALAR_LIMIT) -> Program | N
 
     state = tuple(ir.leaf("state", v.slot, v.index.array[:, e : e + 1]) for v in program.state for e in range(v.size))
     following = tuple(one(v, e) for v in program.next for e in range(v.size))
-    return Program(
-        name=program.name, lanes=program.lanes, state=state, next=following, emits=stores(program.emits), sums=stores(program.sums),
-        state_sizes=program.state_sizes, stream_sizes=program.stream_sizes, param_sizes=program.param_sizes,
-        emit_sizes=program.emit_sizes, sum_sizes=program.sum_sizes, notes=program.notes,
-    )  # fmt: skip
+    made = replace(program, state=state, next=following, emits=stores(program.emits), sums=stores(program.sums))
+    return made if sum(not isinstance(v, ir.Leaf) for v in ir.topological(made.outputs)) <= most else None
 
 
 def _needs(value: Value, e: int) -> list[tuple[Value, int]]:

@@ -11,8 +11,6 @@ from seqparc.options import Options
 FIRST_WARMUP = 32
 #: A chunk is at least this many warm-ups long, so that guessing costs at most a fifth of a pass.
 CHUNK_PER_WARMUP = 4
-#: Times the rounding unit that a chunk start state may move and count as converged.
-TOLERANCE_UNITS = 4
 
 
 @dataclass(frozen=True)
@@ -28,18 +26,13 @@ class Choice:
 
 @functools.lru_cache(512)
 def choose(
-    options: Options, *, steps: int, lanes: int, wanted: int, n: int, exact_possible: bool, affine: bool, warmup: int | None
+    options: Options, *, steps: int, best: int, n: int, exact_possible: bool, affine: bool, warmup: int | None
 ) -> Choice:
-    """Decide for `steps` steps of `lanes` lanes (batch × lanes of the program) of n numbers on a device filled by `wanted`."""
+    """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device."""
     strategy, reasons = options.strategy, []
-    best = max(1, -(-wanted // max(1, lanes)))
     if strategy == "auto":
-        if best == 1:
-            strategy = "sequential"
-            reasons.append(f"{lanes} lanes fill the device ({wanted} wanted): one chunk")
-        else:
-            strategy = "shooting"
-            reasons.append(f"{lanes} lanes leave the device idle ({wanted} wanted): up to {best} chunks")
+        strategy = "sequential" if best == 1 else "shooting"
+        reasons.append("the batch alone fills the device" if best == 1 else f"{best} chunks fill the device")
     if strategy == "sequential":
         return Choice("sequential", 1, 0, "none", tuple(reasons) or ("asked for",))
     if strategy == "newton":

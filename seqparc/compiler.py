@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from seqparc import structural as structural  # registers its handlers
 from seqparc.captured import Getter, reachable
 from seqparc.errors import InternalError, TraceError, UnsupportedOpError
 from seqparc.graphs import Graph, Key, carve, unify
+from seqparc.ir import Program
 from seqparc.lower import Lowered, Lowering
 from seqparc.options import environment
 from seqparc.owngrad import Vjp, own_gradient
@@ -22,6 +23,7 @@ from seqparc.plan import Plan, StateShape
 from seqparc.record import Trace, record
 from seqparc.runtime.interpreter import TorchKernel
 from seqparc.signature import Convention
+from seqparc.verify import verify
 
 #: Two batch sizes at which every cell is recorded; what differs between the recordings must be the batch axis.
 BATCH_SIZES = (3, 5)
@@ -43,35 +45,25 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
         lowered = lower(graph, fold=True)  # -> Lowered: with narrow inputs' products inside
         program = lanes.split_lanes(lowered.program, structure)
     chosen = scalar or program
-    if environment("SEQPARC_VERIFY") == "1":
-        from seqparc.verify import verify
+    for p in (lowered.program, program, chosen):
+        checked(p)
 
-        for p in (lowered.program, program, chosen):
-            verify(p)
-
-    def narrow(p: Any) -> Any:
-        return lanes.scalarise(p, limit=None) or p if scalar else p
+    def narrow(found: Any) -> Any:
+        """A derived program over single numbers too, if the cell's is."""
+        p = lanes.scalarise(found.program, derived=True) if scalar else None
+        return replace(found, program=checked(p or found.program))
 
     @functools.cache
     def adjoint() -> derivative.Adjoint:
-        from dataclasses import replace
-
-        found = derivative.adjoint(program)
-        return replace(found, program=narrow(found.program))
+        return narrow(derivative.adjoint(program))  # type: ignore[no-any-return]
 
     @functools.cache
     def jacobian() -> derivative.Jacobian:
-        from dataclasses import replace
-
-        found = derivative.jacobian(program)
-        return replace(found, program=narrow(found.program))
+        return narrow(derivative.jacobian(program))  # type: ignore[no-any-return]
 
     @functools.cache
     def adjoint_jacobian() -> derivative.Jacobian:
-        from dataclasses import replace
-
-        found = derivative.jacobian(derivative.adjoint(program).program)
-        return replace(found, program=narrow(found.program))
+        return narrow(derivative.jacobian(derivative.adjoint(program).program))  # type: ignore[no-any-return]
 
     plan = Plan(
         states=tuple(StateShape(tuple(s.shape[1:]), s.dtype) for s in state),
@@ -93,6 +85,13 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     )
     plan.compile_seconds = time.perf_counter() - begin
     return plan
+
+
+def checked(program: Program) -> Program:
+    """The program itself, verified if the environment asks for it."""
+    if environment("SEQPARC_VERIFY") == "1":
+        verify(program)
+    return program
 
 
 @dataclass

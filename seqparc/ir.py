@@ -246,15 +246,16 @@ def take(x: Value, index: ArrayLike) -> Value:
     return gather((x,), np.where(index < 0, -1, 0), index)
 
 
+def absorb(v: Value, i: NDArray[Any]) -> tuple[Value, NDArray[Any]]:
+    """What v[i] reads where v only picks elements of one value: that value, and i in terms of it."""
+    if isinstance(v, Gather) and len(v.sources) == 1 and (v.which.array == 0).all():
+        return v.sources[0], np.where(i < 0, -1, v.index.array[i])
+    return v, i
+
+
 def contract(a: Value, b: Value, ia: ArrayLike, ib: ArrayLike, src: Source | None = None) -> Value:
     """A sum of products; single-source gathers of either operand are absorbed into its index."""
     ia, ib = np.array(ia, np.int32), np.array(ib, np.int32)
-
-    def absorb(v: Value, i: NDArray[np.int32]) -> tuple[Value, NDArray[np.int32]]:
-        if isinstance(v, Gather) and len(v.sources) == 1 and (v.which.array == 0).all():
-            return v.sources[0], np.where(i < 0, -1, v.index.array[i])
-        return v, i
-
     a, ia = absorb(a, ia)
     b, ib = absorb(b, ib)
     dead = (ia < 0) | (ib < 0)

@@ -227,8 +227,9 @@ class Lowering:
         """A contraction with its parameter operand first; products with a weight known to be zero are left out."""
         if _is_param(b) and not _is_param(a):
             a, b, ia, ib = b, a, ib, ia
+        a, ia = ir.absorb(a, ia)
         if isinstance(a, ir.Leaf) and a.kind == "param" and a.slot in self.known_zero:
-            dead = self.known_zero[a.slot][a.index.array[0][ia]]
+            dead = self.known_zero[a.slot][a.index.array[0][ia]] | (ia < 0)
             alive = np.argsort(dead, axis=1, kind="stable")  # live terms first, in order
             width = max(1, int((~dead).sum(1).max()))
             ia = np.where(np.take_along_axis(dead, alive, 1), -1, np.take_along_axis(ia, alive, 1))[:, :width]

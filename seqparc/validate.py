@@ -102,7 +102,9 @@ class Precise(TorchFunctionMode):
         self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
     def leaf(self, t: Tensor) -> Tensor:
-        """The stand-in of a parameter or other tensor that requires a gradient and has no history."""
+        """The stand-in of a parameter or other tensor that requires a gradient and has no history; itself if precise enough."""
+        if t.dtype == self.dtype:
+            return t
         if id(t) not in self.leaves:
             self.leaves[id(t)] = (t, t.detach().to(self.dtype).requires_grad_())
         return self.leaves[id(t)][1]

@@ -28,8 +28,8 @@ class Kernel(Protocol):
     @property
     def source(self) -> str: ...
 
-    def lanes_wanted(self) -> int:
-        """Lanes that fill the device."""
+    def chunks_wanted(self, batch: int) -> int:
+        """Chunks of a batch that fill the device, at least 1."""
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Parameters as `sweep` wants them."""
@@ -187,10 +187,8 @@ def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Probl
     if cut.max_passes is not None and outcome.passes >= cut.max_passes:
         return f"max_passes={cut.max_passes} reached"
     left = p.steps - int(cut.t0[first_moved + 1])
-    lanes = max(1, chunks * p.start.shape[0])
-    longest = int(cut.length.max())
     # One pass costs about this many steps of the sequential kernel.
-    cost = max(longest, longest * lanes / p.kernel.lanes_wanted())
+    cost = int(cut.length.max()) * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
     gaps = outcome.gaps
     remaining: float = 1
     if cut.patient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,11 @@ from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, cut_evenly, so
 #: Largest dense state for which the exact update is offered.
 EXACT_LIMIT = 32
 
+#: A start state has converged when it moves by less than this many rounding units, for chunks of LONG_CHUNK steps and more.
+LONG_UNITS, LONG_CHUNK = 4, 32
+#: The same for shorter chunks.
+SHORT_UNITS = 1
+
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
 
 
@@ -32,6 +38,7 @@ class Engine:
         self.backends = list(backends)
         self.kernels: dict[str, tuple[str, Kernel]] = {}
         self.warmup: dict[str, int] = {}
+        self._begun: dict[str, Future[Kernel]] = {}
         self.stats = Stats()
         self.compile_seconds = plan.compile_seconds
 
@@ -42,7 +49,8 @@ class Engine:
             while True:
                 name, make = self.backends[0]
                 try:
-                    self.kernels[direction] = (name, make(program, self.plan.dtype, device))
+                    begun = self._begun.pop(direction, None)
+                    self.kernels[direction] = (name, make(program, self.plan.dtype, device) if begun is None else begun.result())
                     break
                 except (ToolchainError, ValueError) as error:
                     if len(self.backends) == 1:
@@ -54,6 +62,14 @@ class Engine:
             self.compile_seconds += time.perf_counter() - begin
         return self.kernels[direction]
 
+    def begin_backward(self, device: torch.device) -> None:
+        """Make the backward kernel beside whatever comes next: compilers are other processes, and there is mostly a core idle."""
+        if "backward" not in self.kernels and "backward" not in self._begun:
+            make = self.backends[0][1]
+            worker = ThreadPoolExecutor(1)
+            self._begun["backward"] = worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
+            worker.shutdown(wait=False)
+
     def solve(self, direction: str, program: Program, jacobian: Callable[[], Any], **problem: Any) -> tuple[Outcome, Stats]:
         """Run one recurrence: decide, cut, solve, remember."""
         start: Tensor = problem["start"]
@@ -64,11 +80,12 @@ class Engine:
         affine = direction == "backward"
         key = f"{direction} {start.shape[0]} {steps.bit_length()}"
         choice = self.choose(
-            options, steps=steps, lanes=start.shape[0] * (program.lanes if plan.scalar else 1), wanted=kernel.lanes_wanted(),
-            n=plan.program.n, exact_possible=exact, affine=affine, warmup=self.warmup.get(key),
+            options, steps=steps, best=kernel.chunks_wanted(start.shape[0]), n=plan.program.n, exact_possible=exact, affine=affine,
+            warmup=self.warmup.get(key),
         )  # fmt: skip
         t0, length = cut_evenly(steps, choice.chunks)
-        unit = torch.finfo(plan.dtype).eps * 4
+        # Jumps add up over the chunks that a state remembers, so many short chunks are held to less than a few long ones.
+        unit = torch.finfo(plan.dtype).eps * (LONG_UNITS if steps >= LONG_CHUNK * choice.chunks else SHORT_UNITS)
         cut = Cut(
             t0, length, choice.warmup, choice.update,
             atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
@@ -205,6 +222,8 @@ class Solve(torch.autograd.Function):
     def forward(ctx: Any, engine: Engine, steps: int, counts: tuple[int, int], *tensors: Tensor) -> tuple[Tensor, ...]:
         n_state, n_stream = counts
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
+        if any(ctx.needs_input_grad):
+            engine.begin_backward(start[0].device)
         room, end = engine.forward(start, streams, params, steps)
         ctx.engine, ctx.counts = engine, counts
         ctx.save_for_backward(*tensors, *room)

@@ -29,8 +29,9 @@ class TorchKernel:
         self.offsets = np.concatenate([[0], np.cumsum(program.state_sizes)])
         self._indices: dict[ir.Index, Tensor] = {}
 
-    def lanes_wanted(self) -> int:
-        return 4096
+    def chunks_wanted(self, batch: int) -> int:
+        """See `seqparc.runtime.driver.Kernel`."""
+        return -(-4096 // (batch * self.program.lanes))
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         return [p.reshape(-1) for p in params]

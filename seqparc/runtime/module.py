@@ -162,8 +162,10 @@ class CompiledRNN(nn.Module):
         known = self._understood.get(about)
         if known is not None and len({v.shape[1] for v in leaves}) == 1 and leaves[0].shape[1]:
             convention, start = known
-            if given is not None or start is not None:
-                return leaves, convention, given[0] if given is not None else start
+            if given is not None:
+                start = given[0]
+            if start is not None:
+                return leaves, convention, start
         return self._understand(about, leaves, structure, state)
 
     def _understand(

@@ -14,7 +14,8 @@ def loop(step: Step, x: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[list
     """Run a cell step by step: x leaves [batch, time, ...] -> (output leaves [batch, time, ...], last state)."""
     now = list(state)
     rows: list[list[Tensor]] = []
-    for t in range(x[0].shape[1]):
-        out, now = step([v[:, t] for v in x], now)
+    # unbind, not x[:, t]: its gradient is one stack, where each slice's would be as long as the sequence.
+    for x_t in zip(*(v.unbind(1) for v in x), strict=True):
+        out, now = step(list(x_t), now)
         rows.append(now if out is None else out)
     return [torch.stack(column, 1) for column in zip(*rows, strict=True)], now

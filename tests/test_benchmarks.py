@@ -1,0 +1,52 @@
+"""The hand-written baselines are right, and the benchmarks run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import baselines  # noqa: E402
+import cases  # noqa: E402
+import run  # noqa: E402
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("d", [1, 7, 8, 12, 64, 72])
+def test_elementwise_baseline(d: int, batch: int) -> None:
+    cell = cases.ElementwiseGRU(d)
+    x, h = torch.randn(batch, 50, 3 * d), torch.randn(batch, d)
+    y, last = baselines.elementwise_gru(x, cell.u.detach(), h)
+    rows = []
+    with torch.no_grad():
+        for t in range(50):
+            h = cell(x[:, t], h)
+            rows.append(h)
+    torch.testing.assert_close(y, torch.stack(rows, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, h, rtol=1e-5, atol=1e-6)
+
+
+def test_dense_baseline() -> None:
+    cell = torch.nn.GRUCell(8, 32)
+    x, h = torch.randn(1, 50, 8), torch.randn(1, 32)
+    with torch.no_grad():
+        y, last = baselines.dense_gru(cell, x, h)
+        right, _ = cases.same_weights(torch.nn.GRU)(cell)(x, h[None])
+    torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, right[:, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_it_runs(tmp_path: Path) -> None:
+    assert run.main(["--quick", "--only", "elementwise GRU 1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {r["system"] for r in found["rows"]} == {"eager loop", "C loop", "seqparc sequential", "seqparc"}
+    assert all(r["largest_error"] < 1e-5 and r["fwd"]["median"] > 0 for r in found["rows"])
+    assert [t["bound"] for t in found["targets"]] == ["at most 0.4", "at most 4"]
+    assert all(t["measured"] > 0 for t in found["targets"])
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
