@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from seqparc.codegen.build import compiler
 
 FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-w",
 )  # fmt: skip
 
 

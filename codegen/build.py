@@ -12,17 +12,15 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
-import warnings
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import filelock
-import platformdirs
 
-from seqparc.errors import SeqparcWarning, ToolchainError
+from seqparc import store
+from seqparc.errors import ToolchainError
 from seqparc.options import environment
 
 FLAGS = (
@@ -51,7 +49,7 @@ def load(source: str) -> tuple[ctypes.CDLL, Path]:
     """The compiled library of a source, from the cache if it is there, and where its source lies."""
     command, version = compiler()
     key = Key(source, f"{command} {version}", FLAGS, _machine()).digest()
-    folder = cache_folder()
+    folder = store.folder()
     path = folder / f"{key}.so"
     if not _intact(path):
         with filelock.FileLock(str(folder / f"{key}.lock")):
@@ -124,30 +122,3 @@ def _machine() -> str:
     except (OSError, StopIteration):
         flags = platform.processor()
     return f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:16]}"
-
-
-_private: Path | None = None
-
-
-def cache_folder() -> Path:
-    """The folder of compiled kernels: private to the user, or a temporary one, said once, if that cannot be had."""
-    global _private
-    asked = environment("SEQPARC_CACHE")
-    folder = Path(asked) if asked else Path(platformdirs.user_cache_dir("seqparc"))
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-        if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError("it belongs to another user or others may write to it")
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        if _private is None:
-            _private = Path(tempfile.mkdtemp(prefix="seqparc-"))
-            warnings.warn(
-                f"the cache folder {folder} cannot be used ({error}); kernels of this process go to {_private} and are compiled anew "
-                "next time. Name another folder in SEQPARC_CACHE.",
-                SeqparcWarning,
-                stacklevel=2,
-            )
-        return _private

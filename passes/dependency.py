@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from seqparc import ir
+from seqparc import ir, store
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 
@@ -97,10 +96,15 @@ def _any(index: NDArray[np.int32], rows: Bools) -> Bools:
 def analyse(program: Program) -> Structure:
     """The structure of a program with one lane."""
     p = pattern(program)
-    return Structure(p, *_groups(p))
+    # What a graph library finds in a pattern depends on the pattern alone, so it is found once and kept.
+    components, order = store.remembered("groups", f"{p.shape} {np.packbits(p).tobytes().hex()}", lambda: _groups(p))
+    return Structure(p, tuple(map(tuple, components)), tuple(map(tuple, order)))
 
 
-def _groups(p: Bools) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+def _groups(p: Bools) -> tuple[list[list[int]], list[list[int]]]:
+    """Components and, in an order they can be solved in, strongly connected groups."""
+    import networkx as nx
+
     # Numbers with the same row and the same column are interchangeable, so the graph is drawn over such classes: one node
     # for a dense cell of any size.
     keys: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
@@ -119,10 +123,10 @@ def _groups(p: Bools) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...
         if len(members) > 1 and p[members[0], members[1]]:
             graph.add_edge(i, i)
 
-    def numbers(nodes: set[int]) -> tuple[int, ...]:
-        return tuple(sorted(m for n in nodes for m in classes[n]))
+    def numbers(nodes: set[int]) -> list[int]:
+        return sorted(m for n in nodes for m in classes[n])
 
     components = sorted(numbers(c) for c in nx.weakly_connected_components(graph))
     condensed = nx.condensation(graph)
-    order = tuple(numbers(condensed.nodes[n]["members"]) for n in nx.lexicographical_topological_sort(condensed))
-    return tuple(components), order
+    order = [numbers(condensed.nodes[n]["members"]) for n in nx.lexicographical_topological_sort(condensed)]
+    return components, order

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from seqparc import ir
 from seqparc.ir import Index, Leaf, Program, Store, Value
 from seqparc.ops import OPS
-from seqparc.passes.symbolic import carry
+from seqparc.passes.partial import carry
 
 Ints = NDArray[np.integer[Any]]
 

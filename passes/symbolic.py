@@ -58,58 +58,53 @@ def partials(op: str) -> tuple[sympy.Expr | None, ...]:
     return tuple(result)
 
 
-def carry(op: str, operand: int, args: tuple[Value, ...], y: Value, g: Value) -> Value | None:
-    """The value g · ∂op/∂operand, linear in g."""
-    expr = partials(op)[operand]
-    if expr is None:
-        return None
-    env = {**dict(zip(_ARGUMENTS, args, strict=False)), _Y: y, _G: g}
-    return build(expr, env, g.size)
+Template = Any  # a name among a, b, c, y, g; a number; or [operation, templates…]
 
 
-def build(expr: sympy.Expr, env: Mapping[sympy.Symbol, Value], size: int) -> Value:
-    """A SymPy expression as an IR value."""
+def templates() -> dict[str, list[Template | None]]:
+    """Of every operation, for each operand: the tangent g carried through it, in operations of the table."""
+    return {name: [None if e is None else template(e) for e in partials(name)] for name in OPS}
 
-    def go(e: Any) -> Value:
-        return build(e, env, size)
 
+def template(expr: sympy.Expr) -> Template:
+    """A SymPy expression over a, b, c, y, g in operations of the table."""
     if expr.is_Symbol:
-        return env[expr]
+        return expr.name
     if expr.is_number:
-        return ir.const(float(expr), size)
+        return float(expr)
     if expr.is_Add:
         positive = [t for t in expr.args if not t.could_extract_minus_sign()]
         negative = [-t for t in expr.args if t.could_extract_minus_sign()]
         if not positive:
-            return ir.map_("neg", go(sympy.Add(*negative)))
-        value = functools.reduce(lambda p, q: ir.map_("add", p, q), map(go, positive))
-        return functools.reduce(lambda p, q: ir.map_("sub", p, q), map(go, negative), value)
+            return ["neg", template(sympy.Add(*negative))]
+        value = functools.reduce(lambda p, q: ["add", p, q], map(template, positive))
+        return functools.reduce(lambda p, q: ["sub", p, q], map(template, negative), value)
     if expr.is_Mul:
         if expr.could_extract_minus_sign():
-            return ir.map_("neg", go(-expr))
+            return ["neg", template(-expr)]
         over, under = expr.as_numer_denom()
         if under != 1 and not under.is_number:
-            return ir.map_("div", go(over), go(under))
+            return ["div", template(over), template(under)]
         # g first, so that a product of the cotangent with everything else reads left to right
         factors = sorted(expr.args, key=lambda t: (t != _G, str(t)))
-        return functools.reduce(lambda p, q: ir.map_("mul", p, q), map(go, factors))
+        return functools.reduce(lambda p, q: ["mul", p, q], map(template, factors))
     if expr.is_Pow:
         base, exponent = expr.args
         if exponent == 2:
-            return ir.map_("square", go(base))
+            return ["square", template(base)]
         if exponent.is_Integer and 2 < exponent <= 8:
-            return ir.map_("mul", go(base ** (exponent - 1)), go(base))
+            return ["mul", template(base ** (exponent - 1)), template(base)]
         if exponent == -1:
-            return ir.map_("reciprocal", go(base))
+            return ["reciprocal", template(base)]
         if exponent.is_negative and exponent.is_number and exponent != sympy.Rational(-1, 2):
-            return ir.map_("reciprocal", go(base**-exponent))
+            return ["reciprocal", template(base**-exponent)]
         if exponent in (sympy.Rational(1, 2), sympy.Rational(-1, 2)):
-            return ir.map_("sqrt" if exponent > 0 else "rsqrt", go(base))
-        return ir.map_("pow", go(base), go(exponent))
+            return ["sqrt" if exponent > 0 else "rsqrt", template(base)]
+        return ["pow", template(base), template(exponent)]
     name = _FUNCTIONS.get(expr.func) or getattr(expr.func, "__name__", "")
     if name not in OPS:
         raise ValueError(f"no operation for the SymPy function {expr.func}")
-    return ir.map_(name, *map(go, expr.args))
+    return [name, *map(template, expr.args)]
 
 
 #: Spelled with SymPy's own functions for reading; everything else as an applied function of the operation's name.

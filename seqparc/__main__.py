@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import seqparc
+from seqparc import store
 from seqparc.errors import SeqparcError, ToolchainError
 from seqparc.options import ENVIRONMENT, environment
 from seqparc.runtime.module import CompiledRNN
@@ -107,7 +108,7 @@ def doctor(args: argparse.Namespace) -> int:
         found["c backend"] = "ok" if report.ok and report.stats.backend == "c" else f"wrong:\n{report}"
     except ToolchainError as error:
         found["c backend"] = f"not usable: {error}"
-    found["cache"] = str(build.cache_folder())
+    found["cache"] = str(store.folder())
     found |= {name: environment(name) or f"unset; {meaning}" for name, (_, meaning) in ENVIRONMENT.items()}
     print(json.dumps(found, indent=2) if args.json else "\n".join(f"{k:16} {v}" for k, v in found.items()))
     return 0 if found["c backend"] == "ok" else 1
@@ -115,9 +116,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def cache(args: argparse.Namespace) -> int:
     """How large the cache of compiled kernels is; --clear empties it."""
-    from seqparc.codegen import build
-
-    folder = build.cache_folder()
+    folder = store.folder()
     files = [f for f in folder.iterdir() if f.is_file()]
     about = {"folder": str(folder), "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
     if args.clear:

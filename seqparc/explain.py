@@ -76,7 +76,7 @@ class Explanation:
             if s is not None and s.gaps:
                 right.semilogy(range(1, len(s.gaps) + 1), np.maximum(s.gaps, 1e-17), "o-", label=label)
                 right.legend()
-        right.set(title="gap after each pass", xlabel="pass", ylabel="gap (relative to 1 + |state|)")
+        right.set(title="gap after each pass", xlabel="pass", ylabel="gap (relative)")
         right.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=120)
 

@@ -46,7 +46,10 @@ class Kernel(Protocol):
         """
 
     def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
-        """[chunks]: the largest |target - start| / (atol + rtol |start|) of each chunk; NaN where NaN was has not moved."""
+        """[chunks]: the largest |target - start| / (atol scale + rtol |start|) of each chunk; NaN where NaN was has not moved.
+
+        scale: the largest magnitude of the same lane of the same sample in any chunk; a gradient may be tiny everywhere.
+        """
 
 
 @dataclass(frozen=True)

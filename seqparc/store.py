@@ -1,0 +1,57 @@
+"""What is kept between processes: a private folder, and small facts in it as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from seqparc.errors import SeqparcWarning
+from seqparc.options import environment
+
+_private: Path | None = None
+
+
+def folder() -> Path:
+    """The folder of compiled kernels: private to the user, or a temporary one, said once, if that cannot be had."""
+    global _private
+    asked = environment("SEQPARC_CACHE")
+    found = Path(asked) if asked else Path(platformdirs.user_cache_dir("seqparc"))
+    try:
+        found.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = found.stat()
+        if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError("it belongs to another user or others may write to it")
+        with tempfile.TemporaryFile(dir=found):
+            return found
+    except OSError as error:
+        if _private is None:
+            _private = Path(tempfile.mkdtemp(prefix="seqparc-"))
+            warnings.warn(
+                f"the cache folder {found} cannot be used ({error}); kernels of this process go to {_private} and are compiled anew "
+                "next time. Name another folder in SEQPARC_CACHE.",
+                SeqparcWarning,
+                stacklevel=2,
+            )
+        return _private
+
+
+def remembered(name: str, key: str, make: Callable[[], Any]) -> Any:
+    """A JSON value that `make` gives, from the folder if it was made before under the same key."""
+    path = folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # not there, or spoilt: made anew
+        value = make()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="write-", delete=False) as file:
+        json.dump(value, file)
+    os.replace(file.name, path)
+    return value
