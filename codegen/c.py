@@ -197,7 +197,8 @@ class _Printer:
             name = self.use(self.expression_of(t, memo, body))
             body += self.store(t, name, loop.size)
         if loop.size == 1:
-            return [line.replace("[i]", "[0]") for line in body]
+            lines = [line.replace("[i]", "[0]") for line in body]
+            return lines if self.scalar else ["{", *("  " + line for line in lines), "}"]
         return [f"for (int64_t i = 0; i < {loop.size}; i++) {{", *("  " + line for line in body), "}"]
 
     def expression_of(self, t: Target, memo: dict[tuple[Value, bytes], str], body: list[str]) -> str:

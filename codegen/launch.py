@@ -29,9 +29,8 @@ class CKernel:
         self._run, self._gap = library.seqparc_run, library.seqparc_gap
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None
-        sizes: list[Any] = [number, number, number, pointer, number, ctypes.c_double, ctypes.c_double, pointer, pointer]
-        self._gap.argtypes, self._gap.restype = [pointer, pointer, *sizes], None
-        self._lane_of = program.lane_of
+        sizes: list[Any] = [number, number, ctypes.c_double, ctypes.c_double]
+        self._gap.argtypes, self._gap.restype = [pointer, pointer, *sizes, pointer, pointer], None
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
         self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
@@ -95,13 +94,9 @@ class CKernel:
 
     def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
         """See `seqparc.runtime.driver.Kernel`."""
-        start, target, lanes = start.contiguous(), target.contiguous(), self.program.lanes
-        chunks, batch, numbers = start.shape
-        scale, worst = np.empty(batch * lanes), np.empty(chunks)
-        self._gap(
-            start.data_ptr(), target.data_ptr(), chunks, batch, numbers, _address(self._lane_of), lanes, atol, rtol, _address(scale),
-            _address(worst),
-        )  # fmt: skip
+        start, target, chunks = start.contiguous(), target.contiguous(), len(start)
+        scale, worst = np.empty(start.numel() // chunks), np.empty(chunks)
+        self._gap(start.data_ptr(), target.data_ptr(), chunks, len(scale), atol, rtol, _address(scale), _address(worst))
         return worst
 
 

@@ -76,22 +76,19 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 
 _GAP = """
 // The largest move of each chunk's start state in units of atol scale + rtol |start|, scale being the largest magnitude of the same
-// lane of the same sample in any chunk; a NaN that was one before has not moved. `scale` has room for batch * lanes numbers.
-void seqparc_gap(const real* start, const real* target, int64_t chunks, int64_t batch, int64_t numbers, const int32_t* lane_of,
-                 int64_t lanes, double atol, double rtol, double* scale, double* worst) {
-  for (int64_t i = 0; i < batch * lanes; i++) scale[i] = 0;
-  for (int64_t i = 0; i < chunks * batch * numbers; i++) {
-    double* s = scale + i / numbers % batch * lanes + lane_of[i % numbers];
-    const double a = fabs(start[i]), b = fabs(target[i]), most = a > b ? a : b;
-    if (most > *s && most < INFINITY) *s = most;
-  }
-  for (int64_t c = 0; c < chunks; c++) worst[c] = 0;
-  for (int64_t i = 0; i < chunks * batch * numbers; i++) {
-    const double a = start[i], b = target[i];
-    if (a == b || (a != a && b != b)) continue;
-    const double move = fabs(b - a) / (atol * scale[i / numbers % batch * lanes + lane_of[i % numbers]] + rtol * fabs(a));
-    double* w = worst + i / (batch * numbers);
-    if (move != move) *w = INFINITY; else if (move > *w) *w = move;
+// number so far; a NaN that was one before has not moved. `numbers` of a whole batch, and as many in `scale`.
+void seqparc_gap(const real* start, const real* target, int64_t chunks, int64_t numbers, double atol, double rtol, double* scale,
+                 double* worst) {
+  for (int64_t i = 0; i < numbers; i++) scale[i] = 0;
+  for (int64_t c = 0; c < chunks; c++) {
+    worst[c] = 0;
+    for (int64_t i = 0; i < numbers; i++) {
+      const double a = start[c * numbers + i], b = target[c * numbers + i], most = fabs(fabs(a) > fabs(b) ? a : b);
+      if (most > scale[i] && most < INFINITY) scale[i] = most;
+      if (a == b || (a != a && b != b)) continue;
+      const double move = fabs(b - a) / (atol * scale[i] + rtol * fabs(a));
+      if (move != move) worst[c] = INFINITY; else if (move > worst[c]) worst[c] = move;
+    }
   }
 }
 """

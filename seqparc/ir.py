@@ -305,15 +305,6 @@ class Program:
         return sum(v.size for v in self.state)
 
     @property
-    def lane_of(self) -> NDArray[np.int32]:
-        """[state numbers of a sample]: the lane each belongs to."""
-        offsets = np.concatenate([[0], np.cumsum(self.state_sizes)])
-        lanes = np.zeros(int(offsets[-1]), np.int32)
-        for v in self.state:
-            lanes[v.index.array + offsets[v.slot]] = np.arange(self.lanes)[:, None]
-        return lanes
-
-    @property
     def outputs(self) -> tuple[Value, ...]:
         return (*self.next, *(s.value for s in self.emits), *(s.value for s in self.sums))
 

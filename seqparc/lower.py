@@ -242,7 +242,8 @@ class Lowering:
         starts = []
         for t in sources:
             size = t.value.size
-            codes = t.elem if t.batch is None else t.batch * size + t.elem
+            elem = np.zeros_like(t.elem) if isinstance(t.value, ir.Const) else t.elem  # any element of a constant is the first
+            codes = elem if t.batch is None else t.batch * size + elem
             coded.append(torch.from_numpy(np.ascontiguousarray(codes + start)))
             starts.append(start)
             values.append(t.value)
@@ -274,13 +275,18 @@ class Lowering:
 
     def _complete(self, batch: Ints) -> Ints:
         """Elements that belong to every sample (zeros, parameters) take the sample of the axis they lie on."""
+        layouts = []
         for axis in range(batch.ndim):
             if batch.shape[axis] == self.batch_size:
                 shape = [1] * batch.ndim
                 shape[axis] = -1
-                along = np.broadcast_to(np.arange(self.batch_size).reshape(shape), batch.shape)
-                if (along[batch >= 0] == batch[batch >= 0]).all():
-                    return along
+                layouts.append(np.broadcast_to(np.arange(self.batch_size).reshape(shape), batch.shape))
+        if batch.ndim == 1 and batch.size % self.batch_size == 0:  # a storage written flat, its samples outermost or innermost
+            place = np.arange(batch.size)
+            layouts += [place // (batch.size // self.batch_size), place % self.batch_size]
+        for along in layouts:
+            if (along[batch >= 0] == batch[batch >= 0]).all():
+                return along
         raise self._mixes()
 
     # -- nodes -------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class Options:
     chunks          number of chunks for "shooting"; None: chosen
     warmup          steps run before a chunk to guess its start state; None: chosen, and adapted from run to run
     update          correction of the chunk start states between passes: "none" (Picard), "exact" (Newton), or "auto"
-    atol, rtol      a chunk start state has converged when it moves by at most atol * scale + rtol * |state|, scale being the largest
-                    magnitude in its lane; None: by dtype
+    atol, rtol      a chunk start state has converged when it moves by at most atol * scale + rtol * |state|, scale being its
+                    largest magnitude up to there; None: by dtype
     max_passes      passes before the sequential kernel finishes the run; None: as long as a pass is expected to pay
     on_divergence   when the passes do not converge: "sequential" finishes exactly, "warn" also warns, "raise" raises
     backend         "c", "torch", "triton", or "auto" by device

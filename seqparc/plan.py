@@ -62,7 +62,7 @@ class Plan:
 class Stats:
     """Of the last call.
 
-    gap: the largest move of a chunk's start state at the end, relative to its magnitude and its lane's; gaps: after each pass.
+    gap: the largest move of a chunk's start state at the end, relative to its magnitude; gaps: after each pass.
     """
 
     backend: str = ""

@@ -222,8 +222,6 @@ class Solve(torch.autograd.Function):
     def forward(ctx: Any, engine: Engine, steps: int, counts: tuple[int, int], *tensors: Tensor) -> tuple[Tensor, ...]:
         n_state, n_stream = counts
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        if any(ctx.needs_input_grad):
-            engine.begin_backward(start[0].device)
         room, end = engine.forward(start, streams, params, steps)
         ctx.engine, ctx.counts = engine, counts
         ctx.save_for_backward(*tensors, *room)

@@ -96,9 +96,7 @@ class TorchKernel:
 
     def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
         """See `seqparc.runtime.driver.Kernel`."""
-        lane_of = torch.from_numpy(self.program.lane_of.astype(np.int64)).to(start.device).expand(start.shape[1], -1)
-        most = torch.maximum(start.abs(), target.abs()).nan_to_num_(0.0, 0.0, 0.0).amax(0)  # [batch, numbers]
-        scale = most.new_zeros(len(most), self.program.lanes).scatter_reduce_(1, lane_of, most, "amax").gather(1, lane_of)
+        scale = torch.maximum(start.abs(), target.abs()).nan_to_num_(0.0, 0.0, 0.0).cummax(0).values
         size = (target - start).abs_().div_(start.abs().mul_(rtol).add_(scale.mul_(atol))).nan_to_num_(nan=math.inf)
         size.masked_fill_((target == start) | (target.isnan() & start.isnan()), 0.0)
         return size.flatten(1).amax(1).cpu().numpy()

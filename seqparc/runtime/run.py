@@ -42,6 +42,8 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     streams = [_ready(s, plan.dtype) for s in streams]
     params = [w.to(plan.dtype) for w in weights]
     flat = [s.reshape(batch, -1).to(plan.dtype) for s in start]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*flat, *streams, *params)):
+        engine.begin_backward(flat[0].device)
     results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
     shapes = list(zip(results[: len(flat)], results[len(flat) :], plan.states, strict=True))
     states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, _, s in shapes]
