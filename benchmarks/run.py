@@ -31,7 +31,7 @@ COLD, WARM, FLAT = 4.0, 0.3, 0.5
 
 
 def speed_table(case: Case, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"{case.name}, [batch, time, inputs] = {list(case.shape)}", title_justify="left")
+    table = Table(title=f"{case.name}: batch, time, inputs = {case.shape}", title_justify="left")
     for head in ("system", "fwd ms", "min–max", "fwd+bwd ms", "min–max", "largest error", "chunks", "passes", "compile s"):
         table.add_column(head, justify="left" if head == "system" else "right")
     for r in rows:

@@ -146,8 +146,6 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
     out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=width)]
-    out += p.declared
-    out += ["", "// One tile: U vectors of W lanes.", "INLINE void tile(const int64_t* args, int64_t block, const int U) {"]
     main = ["const int64_t chunks = args[0], batch = args[1], row = args[7];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
     main += ["const real* const start = (const real*)args[5]; real* const end = (real*)args[6];", *unpack]
@@ -200,6 +198,8 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             f"z{store.slot}[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * {total} + {at}] = {name}[i][u][l];"
         )
     main.append("#undef G")
+    out += p.declared  # now that every address is made
+    out += ["", "// One tile: U vectors of W lanes.", "INLINE void tile(const int64_t* args, int64_t block, const int U) {"]
     out += ["  " + line if not line.startswith("#") else line for line in main]
     out += ["}", _GAP, *_entry(p, width)]
     return "\n".join(out) + "\n"

@@ -110,6 +110,14 @@ def cut_evenly(steps: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
     return edges[:-1].copy(), np.diff(edges)
 
 
+@functools.lru_cache(256)
+def _before(steps: int, chunks: int, warmup: int) -> tuple[np.ndarray, np.ndarray]:
+    """The steps that lead up to every chunk but the first: where they begin, and how many there are."""
+    t0, _ = cut_evenly(steps, chunks)
+    first = np.maximum(t0[1:] - warmup, 0)
+    return first, t0[1:] - first
+
+
 def solve(p: Problem, cut: Cut) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""
     chunks = len(cut.t0)
@@ -131,11 +139,11 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     if chunks == 1:
         return Outcome(sweep(np.arange(1), p.start[None])[0], sums)
 
-    start = p.start.repeat(chunks, 1, 1)
+    start = p.start.expand(chunks, *p.start.shape).contiguous()
     if cut.warmup:
-        first = np.maximum(cut.t0[1:] - cut.warmup, 0)
+        first, length = _before(p.steps, chunks, cut.warmup)
         start[1:] = p.kernel.sweep(
-            first, cut.t0[1:] - first, start[1:], p.streams, params, [None] * len(p.emits), [None] * len(sums), p.backwards
+            first, length, start[1:], p.streams, params, [None] * len(p.emits), [None] * len(sums), p.backwards
         )
     end = start  # until the first sweep
     newton = _newton(p, chunks) if cut.update == "exact" else None
@@ -153,12 +161,13 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         else:
             end[active] = sweep(active, start[active])
         worst = p.kernel.gap(start[1:], end[:-1], cut.atol, cut.rtol)
-        moved = np.flatnonzero(worst > 1)
-        outcome.gaps.append(float(worst.max()) * (cut.rtol or cut.atol))
+        largest = float(worst.max())
+        outcome.gaps.append(largest * (cut.rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
         outcome.update = "exact" if exact else "none"
-        if not len(moved):
+        if not largest > 1:
             break
+        moved = np.flatnonzero(worst > 1)
         first_moved = int(moved[0])
         target = end[:-1]
         if correct is not None:

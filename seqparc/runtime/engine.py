@@ -124,8 +124,9 @@ class Engine:
         for r, s in zip(room, start, strict=True):
             r[:, 0] = s
         emits = [r[:, 1:] for r in room]
+        whole = start[0] if len(start) == 1 else torch.cat(list(start), -1)
         outcome, self.stats = self.solve(
-            "forward", plan.program, plan.jacobian, start=torch.cat(list(start), -1), steps=steps, streams=streams, params=params,
+            "forward", plan.program, plan.jacobian, start=whole, steps=steps, streams=streams, params=params,
             emits=emits,
         )  # fmt: skip
         return room, outcome.end

@@ -44,10 +44,13 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     flat = [s.reshape(batch, -1).to(plan.dtype) for s in start]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*flat, *streams, *params)):
         engine.begin_backward(flat[0].device)
-    results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
-    shapes = list(zip(results[: len(flat)], results[len(flat) :], plan.states, strict=True))
-    states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, _, s in shapes]
-    last = [e.reshape(batch, *s.shape).to(s.dtype) for _, e, s in shapes]
+        results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
+        flat_states, flat_last = results[: len(flat)], results[len(flat) :]
+    else:
+        room, end = engine.forward(flat, streams, params, steps)
+        flat_states, flat_last = [r[:, 1:] for r in room], end.split([s.shape[1] for s in flat], -1)
+    states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, s in zip(flat_states, plan.states, strict=True)]
+    last = [e.reshape(batch, *s.shape).to(s.dtype) for e, s in zip(flat_last, plan.states, strict=True)]
     if plan.readout is None:
         return Run(states, states, last)
     values |= {("param", i): w for i, w in enumerate(weights)}

@@ -1,0 +1,284 @@
+"""Each pass by itself: before and after, and numbers against an independent derivation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqparc
+from seqparc import ir
+from seqparc.codegen.launch import CKernel
+from seqparc.ops import ATEN, OPS
+from seqparc.options import Options
+from seqparc.passes import dependency, derivative, lanes, partial, simplify, strategy
+from seqparc.plan import Plan
+from seqparc.runtime.driver import _scan, cut_evenly
+from seqparc.runtime.interpreter import TorchKernel
+
+from .cells import CELLS
+
+
+@functools.cache
+def plan(name: str) -> Plan:
+    torch.manual_seed(0)
+    rnn = seqparc.compile(CELLS[name].make().double())
+    engine = rnn.engine(torch.zeros(1, 2, CELLS[name].inputs, dtype=torch.float64))
+    assert engine is not None and not isinstance(engine, str)
+    return engine.plan
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def numbers(op: str, count: int = 64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [lo + (hi - lo) * torch.rand(count, generator=generator, dtype=torch.float64) for lo, hi in OPS[op].domains]
+
+
+def evaluate(value: ir.Value, env: dict[ir.Value, Tensor]) -> Tensor:
+    done = dict(env)
+    for v in ir.topological([value]):
+        if v not in done:
+            match v:
+                case ir.Const(value=number):
+                    done[v] = torch.full((v.size,), number, dtype=torch.float64)
+                case ir.Map(op=op, operands=operands):
+                    done[v] = OPS[op].torch(*(done[a] for a in operands))
+                case _:
+                    raise TypeError(type(v).__name__)
+    return done[value]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_partials_are_autograds(op: str) -> None:
+    """The derivative that a row gives, as values, against autograd through the row's own function."""
+    args = [a.requires_grad_() for a in numbers(op)]
+    size = args[0].numel()
+    leaves = [ir.leaf("stream", i, np.arange(size)[None]) for i in range(len(args))]
+    y, g = ir.map_(op, *leaves), ir.leaf("stream", 9, np.arange(size)[None])
+    cotangent = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    result = OPS[op].torch(*args)
+    right = torch.autograd.grad(result, args, cotangent, allow_unused=True) if result.requires_grad else [None] * len(args)
+    env = {**dict(zip(leaves, (a.detach() for a in args), strict=True)), y: result.detach(), g: cotangent}
+    for i, want in enumerate(right):
+        value = partial.carry(op, i, tuple(leaves), y, g)
+        mine = torch.zeros(size, dtype=torch.float64) if value is None else evaluate(value, env)
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if want is None else want, rtol=1e-9, atol=1e-9)
+
+
+def test_every_row_is_complete() -> None:
+    for name, row in OPS.items():
+        assert name == row.name and row.c and row.form and len(row.domains) == row.arity and row.cost >= 1
+        assert row.partials is None or len(row.partials) == row.arity
+    for name, row in ATEN.items():
+        assert OPS[row.name] is row
+        packet, overload = name.removeprefix("aten.").rsplit(".", 1)
+        assert hasattr(getattr(torch.ops.aten, packet), overload), name
+
+
+# -- structure -------------------------------------------------------------------------------------------------------
+
+
+def one_step(name: str) -> tuple[Any, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    cell = CELLS[name].make().double()
+    rnn = seqparc.compile(cell)
+    x = torch.randn(1, 2, CELLS[name].inputs, dtype=torch.float64)
+    _, convention, start = rnn.understand(x)
+
+    def step(*state: Tensor) -> Tensor:
+        _, following = convention.call(cell, [x[:, 0]], list(state))
+        return torch.cat([f.reshape(-1) for f in following])
+
+    return step, x, [torch.rand(s.shape, dtype=torch.float64) * 0.7 + 0.1 for s in start]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_pattern_holds_every_entry_of_the_jacobian(name: str) -> None:
+    step, _, state = one_step(name)
+    with torch.no_grad():
+        assert step(*state).shape == (plan(name).core.n,)
+    blocks = torch.func.jacrev(step, argnums=tuple(range(len(state))))(*state)
+    jacobian = torch.cat([b.detach().reshape(b.shape[0], -1) for b in blocks], 1)
+    pattern = plan(name).structure.pattern
+    assert not bool((jacobian[~torch.from_numpy(pattern)] != 0).any())
+    if name not in ("RNN relu", "IndRNN", "sLSTM"):  # where a kink makes an entry zero here and not there
+        assert np.array_equal(jacobian.numpy() != 0, pattern)
+
+
+def test_groups_and_their_order() -> None:
+    p = np.zeros((6, 6), bool)
+    for to, source in ((0, 0), (1, 0), (1, 1), (2, 1), (1, 2), (3, 3), (4, 5), (5, 4)):
+        p[to, source] = True
+    components, order = dependency._groups(p)
+    assert sorted(map(tuple, components)) == [(0, 1, 2), (3,), (4, 5)]
+    assert [0] in order and [1, 2] in order and order.index([0]) < order.index([1, 2])
+
+
+def test_a_permuted_block_cell_is_found() -> None:
+    """The blocks are scattered over the state by a permutation in the weights' values."""
+    permutation = torch.randperm(9, generator=torch.Generator().manual_seed(4))
+    block = torch.kron(torch.eye(3), torch.ones(3, 3))[permutation][:, permutation]
+    w = nn.Parameter(torch.randn(9, 9))
+    rnn = seqparc.compile(lambda x, h: torch.tanh(h @ (w * block).t() + x), state=torch.zeros(9))
+    found = rnn.engine(torch.zeros(1, 2, 9)).plan
+    assert found.structure.kind == "block" and sorted(map(len, found.structure.components)) == [3, 3, 3]
+    assert (found.program.lanes, found.program.n) == (3, 3)
+    x = torch.randn(2, 30, 9)
+    torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_another_mask_compiles_anew() -> None:
+    mask = torch.eye(4)
+    rnn = seqparc.compile(lambda x, h: torch.tanh(h @ (mask * 0.5) + x), state=torch.zeros(4))
+    x = torch.randn(2, 30, 4)
+    torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0], rtol=1e-5, atol=1e-6)
+    assert rnn.engine().plan.structure.kind == "diagonal"
+    mask[0, 1] = 1.0
+    torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0], rtol=1e-5, atol=1e-6)
+    assert rnn.engine().plan.structure.kind == "block-triangular"
+
+
+# -- lanes and programs ----------------------------------------------------------------------------------------------
+
+
+def run(program: ir.Program, state: Tensor, streams: list[Tensor], params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One step of any program by the interpreter: end state and emits."""
+    kernel = TorchKernel(program, torch.float64)
+    emits = [torch.zeros(len(state), 1, n, dtype=torch.float64) for n in program.emit_sizes]
+    sums = [None] * len(program.sum_sizes)
+    end = kernel.sweep(np.zeros(1, np.int64), np.ones(1, np.int64), state[None], streams, kernel.prepare(params), emits, sums)
+    return end[0], emits
+
+
+def inputs_of(program: ir.Program, batch: int = 2) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+
+    return draw(batch, sum(program.state_sizes)), [draw(batch, 1, n) for n in program.stream_sizes], [draw(n) for n in program.param_sizes]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_every_form_of_a_program_computes_the_same(name: str) -> None:
+    """As traced, split into lanes, and written out number by number."""
+    p = plan(name)
+    given = inputs_of(p.core)
+    end, emits = run(p.core, *given)
+    split = lanes.split_lanes(p.core, p.structure)
+    for other in (split, p.program, lanes.scalarise(split)):
+        if other is not None:
+            assert other.lanes * other.n == p.core.n
+            again, emits_again = run(other, *given)
+            torch.testing.assert_close(again, end, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(emits_again, emits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_jacobian_program_carries_the_jacobian(name: str) -> None:
+    p = plan(name)
+    state, streams, params = inputs_of(p.program, 1)
+    n, count = p.program.n, p.program.lanes
+    program = p.jacobian().program
+    eye = torch.eye(n, dtype=torch.float64).expand(count, n, n).reshape(1, -1)
+    end, _ = run(program, torch.cat((state, eye), 1), streams, params)
+    mine = end[0, state.shape[1] :].reshape(count, n, n)
+    right = torch.func.jacrev(lambda s: run(p.program, s[None], streams, params)[0][0])(state[0])
+    for lane, place in enumerate(p.place):
+        torch.testing.assert_close(mine[lane], right[place][:, place], rtol=1e-10, atol=1e-12)
+
+
+def test_symbolic_entries_are_the_jacobian() -> None:
+    p = plan("block GRU")
+    state, streams, params = inputs_of(p.program, 1)
+    right = torch.func.jacrev(lambda s: run(p.program, s[None], streams, params)[0][0])(state[0])
+    place = p.place[0]
+    offsets = np.concatenate([[0], np.cumsum(p.program.state_sizes)])
+    for i, row in enumerate(derivative.entries(p.program)):
+        for j, value in enumerate(row):
+            env: dict[ir.Value, Tensor] = {}
+            for v in ir.leaves([value]):
+                at = int(v.index.array[0, 0])
+                source = {"state": state[0, offsets[v.slot] :], "stream": streams[v.slot][0, 0] if v.kind == "stream" else None,
+                          "param": params[v.slot] if v.kind == "param" else None}[v.kind]  # fmt: skip
+                assert source is not None
+                env[v] = source[at].reshape(1)
+            torch.testing.assert_close(evaluate(value, env)[0], right[place[i], place[j]], rtol=1e-10, atol=1e-12)
+
+
+def test_simplify_folds_what_it_may() -> None:
+    x, one, zero = ir.leaf("stream", 0, [[0, 1]]), ir.const(1.0, 2), ir.const(0.0, 2)
+    table = [
+        (ir.map_("mul", x, one), x), (ir.map_("mul", one, x), x), (ir.map_("mul", zero, x), zero), (ir.map_("add", x, zero), x),
+        (ir.map_("add", zero, x), x), (ir.map_("sub", x, zero), x), (ir.map_("sub", zero, x), ir.map_("neg", x)),
+        (ir.map_("div", x, one), x),
+        (ir.map_("exp", zero), one), (ir.map_("tanh", ir.map_("mul", zero, x)), zero), (ir.map_("where", one, x, x), x),
+        (ir.map_("div", one, x), ir.map_("div", one, x)),
+    ]  # fmt: skip
+    for before, after in table:
+        assert simplify.simplify([before]) == [after]
+
+
+def test_equal_values_are_one_value() -> None:
+    x = ir.leaf("stream", 0, [[0, 1, 2]])
+    assert ir.map_("tanh", ir.take(x, [2, 1])) is ir.map_("tanh", ir.take(x, [2, 1]))
+    assert ir.take(ir.take(x, [2, 1, 0]), [2, 1, 0]) is x
+    assert ir.take(x, [0, -1, 2]).which.array.tolist() == [0, -1, 0]  # type: ignore[attr-defined]
+
+
+# -- how it is run ---------------------------------------------------------------------------------------------------
+
+
+def test_strategy_says_why() -> None:
+    def decide(options: Options, **over: Any) -> strategy.Choice:
+        known = {"steps": 10_000, "best": 16, "n": 4, "exact_possible": True, "affine": False, "warmup": None}
+        return strategy.choose(options, **{**known, **over})
+
+    assert decide(Options()).strategy == "shooting" and decide(Options()).chunks == 16
+    assert decide(Options(), best=1).strategy == "sequential" and decide(Options(), best=1).chunks == 1
+    assert decide(Options(), steps=100).strategy == "sequential"
+    assert decide(Options(), warmup=2500).chunks == 1
+    assert decide(Options(strategy="sequential")).chunks == 1
+    assert decide(Options(strategy="newton")) == strategy.Choice("newton", 10_000, 0, "exact", decide(Options(strategy="newton")).reasons)
+    assert decide(Options(strategy="newton"), exact_possible=False).update == "none"
+    assert decide(Options(strategy="shooting", chunks=7, warmup=5)).chunks == 7
+    assert all(decide(o, best=b).reasons for o in (Options(), Options(strategy="newton"), Options(chunks=3)) for b in (1, 16))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 1025])
+@pytest.mark.parametrize("chunks", [1, 2, 7, 64])
+def test_chunks_cover_time(steps: int, chunks: int) -> None:
+    chunks = min(chunks, steps)
+    t0, length = cut_evenly(steps, chunks)
+    assert t0[0] == 0 and t0[-1] + length[-1] == steps and (t0[1:] == t0[:-1] + length[:-1]).all()
+    assert length.max() - length.min() <= 1 and length[-1] == length.max()  # no chunk reads past the end
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
+def test_scan_is_the_loop(count: int) -> None:
+    a, r = torch.randn(count - 1, 2, 3, 4, 4, dtype=torch.float64) * 0.5, torch.randn(count, 2, 3, 4, dtype=torch.float64)
+    rows = [r[0]]
+    for c in range(1, count):
+        rows.append(r[c] + (a[c - 1] @ rows[-1].unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(_scan(a, r), torch.stack(rows))
+
+
+@pytest.mark.parametrize("backend", ["c", "torch"])
+def test_the_gap_is_relative_and_looks_back_only(backend: str) -> None:
+    make = {"c": CKernel, "torch": TorchKernel}[backend]
+    kernel = make(plan("minGRU").program, torch.float64)
+    n = sum(plan("minGRU").program.state_sizes)
+    start = torch.full((4, 1, n), 1e-9, dtype=torch.float64)
+    target = start.clone()
+    target[1, 0, 2] *= 1 + 1e-6
+    start[2, 0, 0], target[2, 0, 0] = float("nan"), float("nan")
+    target[3, 0, 1] = 1e20
+    start[3, 0, 3] = float("inf")
+    worst = kernel.gap(start, target, 1e-7, 0.0)
+    assert worst[0] == 0 and worst[1] == pytest.approx(10, rel=1e-3) and worst[2] == 0 and worst[3] == float("inf")
