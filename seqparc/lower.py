@@ -93,7 +93,8 @@ class Lowering:
 
     def _dtype(self) -> torch.dtype:
         """The arithmetic: the widest floating type in the core, float32 at least."""
-        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+        ends = {n.meta["val"].dtype for n in (*self.graph.state, *self.graph.next, *self.streams)}
+        return torch.float64 if torch.float64 in self.dtypes | ends else torch.float32
 
     def _in_core(self, node: fx.Node) -> bool:
         if not hasattr(self, "_core"):

@@ -195,8 +195,9 @@ class Engine:
         else:
             m = torch.einsum("nle,nlk->lek", d, x)
         ix = o.ix.array
-        picked = m if np.array_equal(ix, np.broadcast_to(np.arange(m.shape[2]), ix.shape)) and ix.shape[1] == m.shape[2] else None
-        if picked is None:
+        if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
+            picked = m
+        else:
             at = torch.from_numpy(np.maximum(ix, 0).astype(np.int64)).expand(lanes, -1, -1)
             picked = m.gather(2, at)
         target = o.target.array.reshape(-1)
