@@ -319,19 +319,11 @@ def _rows_of(index: Ints, size: int) -> Ints:
     return np.where(table < 0, -1, table // index.shape[1])
 
 
-@dataclass(frozen=True)
-class Jacobian:
-    """A program that also carries A = ∂(state now)/∂(state at the chunk's start), [lanes, n, n], in one more state slot.
+def jacobian(program: Program) -> Program:
+    """A lane program extended by A = ∂(state now)/∂(state at the chunk's start), one more state slot of [lanes, n, n].
 
-    `affine`: ∂f/∂s does not depend on the state, so that one Newton update is exact.
+    The order of the state numbers is the program's.
     """
-
-    program: Program
-    affine: bool
-
-
-def jacobian(program: Program) -> Jacobian:
-    """A lane program extended by the Jacobian of everything since the chunk's start. The state's order is the program's."""
     n, slot = program.n, len(program.state_sizes)
     numbers = np.arange(program.lanes * n * n).reshape(program.lanes, -1)
     a = ir.leaf("state", slot, numbers)
@@ -345,13 +337,11 @@ def jacobian(program: Program) -> Jacobian:
     rows = [mode.tangent.get(v) or ir.const(0.0, v.size * n) for v in program.next]
     sizes = [r.size for r in rows]
     following = ir.gather(rows, np.repeat(np.arange(len(rows)), sizes), np.concatenate([np.arange(s) for s in sizes]))
-    made = Program(
+    return Program(
         name="jacobian", lanes=program.lanes, state=(*program.state, a), next=(*program.next, following), emits=program.emits,
         sums=program.sums, state_sizes=(*program.state_sizes, program.lanes * n * n), stream_sizes=program.stream_sizes,
         param_sizes=program.param_sizes, emit_sizes=program.emit_sizes, sum_sizes=program.sum_sizes,
     )  # fmt: skip
-    affine = not any(v is not a for v in ir.leaves([following], "state"))
-    return Jacobian(made, affine)
 
 
 def entries(program: Program) -> list[list[Value]]:

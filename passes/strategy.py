@@ -11,34 +11,42 @@ from seqparc.options import Options
 FIRST_WARMUP = 32
 #: A chunk is at least this many warm-ups long, so that guessing costs at most a fifth of a pass.
 CHUNK_PER_WARMUP = 4
+#: Largest dense state for which the exact update, n + 1 times the work of a pass, is offered.
+EXACT_LIMIT = 32
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The decision for one run."""
+    """The decision for one run. `updates`: the first is made until the gap falls too slowly, then the next."""
 
     strategy: str
     chunks: int
     warmup: int
-    update: str
+    updates: tuple[str, ...]
     reasons: tuple[str, ...]
 
 
+def corrections(n: int, scalar: bool) -> tuple[str, ...]:
+    """The updates with Jacobians that a lane of n state numbers can afford, cheapest first."""
+    return ("exact",) if scalar else ("diagonal", "exact") if n <= EXACT_LIMIT else ("diagonal",)
+
+
 @functools.lru_cache(512)
-def choose(
-    options: Options, *, steps: int, best: int, n: int, exact_possible: bool, affine: bool, warmup: int | None
-) -> Choice:
+def choose(options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None) -> Choice:
     """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device."""
     strategy, reasons = options.strategy, []
     if strategy == "auto":
         strategy = "sequential" if best == 1 else "shooting"
         reasons.append("the batch alone fills the device" if best == 1 else f"{best} chunks fill the device")
     if strategy == "sequential":
-        return Choice("sequential", 1, 0, "none", tuple(reasons) or ("asked for",))
+        return Choice("sequential", 1, 0, ("none",), tuple(reasons) or ("asked for",))
+    offered = corrections(n, scalar)
+    update = options.update
+    if update == "exact" and update not in offered:
+        update = "diagonal"
+        reasons.append(f"no exact update for a state of {n}: its diagonal")
     if strategy == "newton":
-        if not exact_possible:
-            reasons.append(f"no exact update for a state of {n}: Picard")
-        return Choice("newton", steps, 0, "exact" if exact_possible else "none", (*reasons, "chunks of one step"))
+        return Choice("newton", steps, 0, (offered[-1] if update == "auto" else update,), (*reasons, "chunks of one step"))
     guess = options.warmup if options.warmup is not None else (FIRST_WARMUP if warmup is None else warmup)
     if options.chunks is not None:
         chunks = min(options.chunks, steps)
@@ -50,14 +58,10 @@ def choose(
         if chunks < best:
             reasons.append(f"{chunks} chunks: each is to be {CHUNK_PER_WARMUP} warm-ups of {guess} steps at least")
     if chunks == 1:
-        return Choice("sequential", 1, 0, "none", (*reasons, f"{steps} steps are too few to cut"))
-    update = options.update
-    if affine and exact_possible and update == "auto" and guess * CHUNK_PER_WARMUP > steps // chunks:
+        return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
+    if affine and offered[0] == "exact" and update == "auto" and guess * CHUNK_PER_WARMUP > steps // chunks:
         update = "exact"
         reasons.append("linear in the state, so one exact update is right and no guess is needed")
-    if update == "exact" and not exact_possible:
-        update = "none"
-        reasons.append(f"no exact update for a state of {n}")
     if update == "exact" and affine:
         guess = 0
-    return Choice("shooting", chunks, guess, update, tuple(reasons))
+    return Choice("shooting", chunks, guess, ("none", *offered) if update == "auto" else (update,), tuple(reasons))

@@ -31,7 +31,7 @@ BATCH_SIZES = (3, 5)
 
 def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> Plan:
     """Compile a cell for the shapes and dtypes of one step's inputs x [batch, ...] and states [batch, ...]."""
-    from seqparc.passes import dependency, derivative, lanes
+    from seqparc.passes import dependency, derivative, diagonal, lanes
 
     begin = time.perf_counter()
     first, second = (trace(cell, convention, x, state, b) for b in BATCH_SIZES)  # two recordings: fx graphs of ATen operations
@@ -48,22 +48,19 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     for p in (lowered.program, program, chosen):
         checked(p)
 
-    def narrow(found: Any) -> Any:
-        """A derived program over single numbers too, if the cell's is."""
-        p = lanes.scalarise(found.program, derived=True) if scalar else None
-        return replace(found, program=checked(p or found.program))
+    def narrow(derived: Program) -> Program:
+        """A derived program, over single numbers if the cell's is."""
+        return checked((lanes.scalarise(derived, derived=True) if scalar else None) or derived)
 
     @functools.cache
     def adjoint() -> derivative.Adjoint:
-        return narrow(derivative.adjoint(program))  # type: ignore[no-any-return]
+        found = derivative.adjoint(program)
+        return replace(found, program=narrow(found.program))
 
     @functools.cache
-    def jacobian() -> derivative.Jacobian:
-        return narrow(derivative.jacobian(program))  # type: ignore[no-any-return]
-
-    @functools.cache
-    def adjoint_jacobian() -> derivative.Jacobian:
-        return narrow(derivative.jacobian(derivative.adjoint(program).program))  # type: ignore[no-any-return]
+    def jacobian(direction: str, update: str) -> Program:
+        extend = {"exact": derivative.jacobian, "diagonal": diagonal.diagonal}[update]
+        return narrow(extend(program if direction == "forward" else derivative.adjoint(program).program))
 
     plan = Plan(
         states=tuple(StateShape(tuple(s.shape[1:]), s.dtype) for s in state),
@@ -81,7 +78,6 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
         own_gradient=first.own_gradient,
         adjoint=adjoint,
         jacobian=jacobian,
-        adjoint_jacobian=adjoint_jacobian,
     )
     plan.compile_seconds = time.perf_counter() - begin
     return plan

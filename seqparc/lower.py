@@ -9,7 +9,7 @@ same elements of their own sample mixes the batch, which is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,24 +19,11 @@ from torch import fx
 
 from seqparc import ir
 from seqparc.errors import TraceError, UnsupportedOpError
+from seqparc.fold import worth_folding
 from seqparc.graphs import Graph
 from seqparc.ir import Value
+from seqparc.layout import Ints, Laid, Layouts
 from seqparc.ops import ATEN, SPLITS, VIEWS
-
-Ints = NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A lowered tensor: `elem[p]` is the element of `value` at position p, `batch[p]` its sample (None: all samples)."""
-
-    value: Value
-    elem: Ints
-    batch: Ints | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.elem.shape)
 
 
 @dataclass
@@ -49,21 +36,19 @@ class Lowered:
     #: Tensors whose values were used (masks, indices): a change means lowering anew.
     frozen: dict[str, torch.Tensor]
     dtype: torch.dtype
-    mixed_state: list[str] = field(default_factory=list)
 
 
-class Lowering:
+class Lowering(Layouts):
     """Lowers the core of a graph at one of its two batch sizes."""
 
     def __init__(self, graph: Graph, which: int = 0, fold: bool = False) -> None:
+        super().__init__(graph.batch_sizes[which])
         self.graph, self.which, self.folding = graph, which, fold
-        self.batch_size = graph.batch_sizes[which]
         self.done: dict[fx.Node, Any] = {}
         self.streams: list[fx.Node] = []
         self.params: list[fx.Node] = []
         self.known_zero: dict[int, NDArray[np.bool_]] = {}
         self.frozen: dict[str, torch.Tensor] = {}
-        self.node: fx.Node | None = None
         self.dtypes: set[torch.dtype] = set()
 
     # -- the whole ---------------------------------------------------------------------------------------------------
@@ -108,65 +93,6 @@ class Lowering:
             self._core = needed
         return node in self._core
 
-    def _as_vector(self, t: Laid, shape: tuple[int, ...]) -> Value:
-        """The elements of one sample in row-major order; a value without a batch axis is the same in all samples."""
-        if t.batch is None:
-            flat = np.broadcast_to(t.elem, (self.batch_size, *shape[1:])).reshape(self.batch_size, -1)
-            return ir.take(t.value, flat[0])
-        _, rows = self._rows(t.batch)
-        return ir.take(t.value, t.elem.reshape(-1)[rows[0]])
-
-    # -- layouts -----------------------------------------------------------------------------------------------------
-
-    def _rows(self, batch: Ints | None) -> tuple[Ints | None, Ints]:
-        """`elem` of a new value laid out like `batch`, and the flat positions of each sample's elements, [samples, size]."""
-        if batch is None:
-            raise AssertionError("only for values with a batch axis")
-        flat = batch.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        if np.any(np.bincount(flat, minlength=self.batch_size) * self.batch_size != flat.size):
-            raise self._mixes()
-        rows = order.reshape(self.batch_size, -1)
-        elem = np.empty(flat.size, np.int64)
-        elem[rows] = np.arange(rows.shape[1])
-        return elem.reshape(batch.shape), rows
-
-    def _mixes(self) -> TraceError:
-        where = self.node.meta.get("src") if self.node else None
-        what = f" ({self.node.target})" if self.node else ""
-        return TraceError(
-            f"{where or 'the cell'}{what}: one sample of the batch reads another. Cells must treat each sample by itself; a statistic "
-            "over the batch belongs outside the cell."
-        )
-
-    def _join(self, shape: tuple[int, ...], tensors: Sequence[Laid]) -> tuple[Ints | None, list[Ints]]:
-        """Broadcast to a shape: the common batch layout, and each operand's elements in the order of the new value."""
-        batch: Ints | None = None
-        for t in tensors:
-            if t.batch is not None:
-                b = np.broadcast_to(t.batch, shape)
-                if batch is not None and not np.array_equal(batch, b):
-                    raise self._mixes()
-                batch = b
-        elems = [np.broadcast_to(t.elem, shape).reshape(-1) for t in tensors]
-        if batch is None:
-            return None, elems
-        _, rows = self._rows(batch)
-        picked = []
-        for e in elems:
-            per_sample = e[rows]
-            if not (per_sample == per_sample[:1]).all():
-                raise self._mixes()
-            picked.append(per_sample[0])
-        return batch, picked
-
-    def _new(self, value: Value, shape: tuple[int, ...], batch: Ints | None) -> Laid:
-        if batch is None:
-            return Laid(value, np.arange(value.size).reshape(shape), None)
-        elem, _ = self._rows(batch)
-        assert elem is not None
-        return Laid(value, elem, batch)
-
     # -- building blocks of operations -------------------------------------------------------------------------------
 
     def map(self, op: str, *operands: Laid | float) -> Laid:
@@ -192,16 +118,6 @@ class Lowering:
             batch = b[..., 0].reshape(shape)
         flat = elem.reshape(-1, elem.shape[-1])
         return self._new(ir.reduce_(kind, t.value, self._per_sample(flat, batch), self._src()), shape, batch)
-
-    def _per_sample(self, flat: Ints, batch: Ints | None) -> Ints:
-        """Rows of per-element indices of one sample, having checked that all samples have the same."""
-        if batch is None:
-            return flat
-        _, rows = self._rows(batch)
-        per = flat[rows]
-        if not (per == per[:1]).all():
-            raise self._mixes()
-        return per[0]
 
     def product(self, a: Laid, b: Laid) -> Laid:
         """Batched matrix product [.., M, K] @ [.., K, N], leading axes equal."""
@@ -237,63 +153,7 @@ class Lowering:
             ib = np.where(ia < 0, -1, np.take_along_axis(ib, alive, 1)[:, :width])
         return ir.contract(a, b, ia, ib, self._src())
 
-    def move(self, node: fx.Node, sources: Sequence[Laid], apply: Callable[[list[torch.Tensor]], Any]) -> list[Laid]:
-        """Any operation that only moves elements (and puts zeros), by applying it to numbered elements."""
-        coded, start, values = [], 1, []
-        starts = []
-        for t in sources:
-            size = t.value.size
-            elem = np.zeros_like(t.elem) if isinstance(t.value, ir.Const) else t.elem  # any element of a constant is the first
-            codes = elem if t.batch is None else t.batch * size + elem
-            coded.append(torch.from_numpy(np.ascontiguousarray(codes + start)))
-            starts.append(start)
-            values.append(t.value)
-            start += size * (1 if t.batch is None else self.batch_size)
-        result = apply(coded)
-        parts = result if isinstance(result, (list, tuple)) else [result]
-        return [self._decode(p.numpy(), sources, starts, values) for p in parts]
-
-    def _decode(self, codes: Ints, sources: Sequence[Laid], starts: list[int], values: list[Value]) -> Laid:
-        which = np.searchsorted(np.array(starts), codes, side="right") - 1  # -1: a zero
-        local = codes - np.array([*starts, 0])[which]
-        sizes = np.array([*(v.size for v in values), 1])
-        elem = np.where(which < 0, -1, local % sizes[which])
-        batched = np.array([*(t.batch is not None for t in sources), False])[which]
-        batch: Ints | None = None
-        if any(t.batch is not None for t in sources):
-            batch = np.where(batched, local // sizes[which], -1)
-            if (batch < 0).any():
-                batch = self._complete(batch)
-        if batch is None:
-            return self._new(ir.gather(values, which.reshape(-1), elem.reshape(-1)), codes.shape, None)
-        if len(values) == 1 and (which == 0).all():
-            return Laid(values[0], elem, batch)  # a view: the same value, laid out otherwise
-        _, rows = self._rows(batch)
-        w, e = which.reshape(-1)[rows], elem.reshape(-1)[rows]
-        if not ((w == w[:1]).all() and (e == e[:1]).all()):
-            raise self._mixes()
-        return self._new(ir.gather(values, w[0], e[0]), codes.shape, batch)
-
-    def _complete(self, batch: Ints) -> Ints:
-        """Elements that belong to every sample (zeros, parameters) take the sample of the axis they lie on."""
-        layouts = []
-        for axis in range(batch.ndim):
-            if batch.shape[axis] == self.batch_size:
-                shape = [1] * batch.ndim
-                shape[axis] = -1
-                layouts.append(np.broadcast_to(np.arange(self.batch_size).reshape(shape), batch.shape))
-        if batch.ndim == 1 and batch.size % self.batch_size == 0:  # a storage written flat, its samples outermost or innermost
-            place = np.arange(batch.size)
-            layouts += [place // (batch.size // self.batch_size), place % self.batch_size]
-        for along in layouts:
-            if (along[batch >= 0] == batch[batch >= 0]).all():
-                return along
-        raise self._mixes()
-
     # -- nodes -------------------------------------------------------------------------------------------------------
-
-    def _src(self) -> ir.Source | None:
-        return self.node.meta.get("src") if self.node else None
 
     def lower(self, node: Any) -> Any:
         """A node's lowered tensor (or list of tensors, or a plain argument as it is)."""
@@ -321,7 +181,7 @@ class Lowering:
         if kind == "const" and node.op != "placeholder":
             return self._constant(node)
         is_view = _moves_only(node)
-        if kind in ("param", "x") and not is_view and not (self.folding and _worth_folding(node)):
+        if kind in ("param", "x") and not is_view and not (self.folding and worth_folding(node)):
             return self._frontier(node, kind, val)
         if _is_part(node):
             return self.lower(node.args[0])[node.args[1]]
@@ -341,12 +201,6 @@ class Lowering:
 
     def _operands(self, args: Sequence[Any]) -> list[Any]:
         return [self.lower(a) for a in args]
-
-    def _input(self, leaf: ir.Leaf, val: torch.Tensor) -> Laid:
-        shape = (self.batch_size, *val.shape[1:])
-        elem = np.broadcast_to(np.arange(leaf.size).reshape(shape[1:]), shape)
-        batch = np.broadcast_to(np.arange(self.batch_size).reshape(-1, *[1] * (len(shape) - 1)), shape)
-        return Laid(leaf, elem, batch)
 
     def _frontier(self, node: fx.Node, kind: str, val: Any) -> Laid:
         """A value the core takes from outside: computed before the loop, once per step or once per call."""
@@ -431,27 +285,6 @@ class Lowering:
             view = node.target(torch.from_numpy(inner), *args[1:], **kwargs)  # type: ignore[operator]
             return view.numpy() if isinstance(view, torch.Tensor) else None
         return None
-
-
-#: Products with a weight, and where their two factors stand.
-_PRODUCTS = {"aten.mm.default": (0, 1), "aten.addmm.default": (1, 2)}
-#: A product of x with a weight is folded into the core if x has at most this many numbers, and this many times fewer than come out.
-FOLD_MOST, FOLD_RATIO = 16, 3
-
-
-def _worth_folding(node: fx.Node) -> bool:
-    """Whether a value made from x alone is better computed inside the loop: its traffic costs more than its arithmetic."""
-    target = str(node.target)
-    if target in _PRODUCTS:
-        left, right = (node.args[i] for i in _PRODUCTS[target])
-        if not isinstance(left, fx.Node) or left.meta["kind"] != "x" or right.meta["kind"] != "param":  # type: ignore[union-attr]
-            return False
-        inside, outside = (n.meta["val"].shape[-1] for n in (left, node))
-        return bool(inside <= FOLD_MOST and outside >= FOLD_RATIO * inside and left.meta["val"].dim() == 2)
-    if target in ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor"):
-        made = [a for a in node.all_input_nodes if a.meta["kind"] == "x"]
-        return bool(made) and all(_worth_folding(a) for a in made)
-    return False
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 Strategy = Literal["auto", "sequential", "shooting", "newton"]
 Backend = Literal["auto", "triton", "c", "torch"]
-Update = Literal["auto", "none", "exact"]
+Update = Literal["auto", "none", "diagonal", "exact"]
 
 _CHOICES = {
     "strategy": ("auto", "sequential", "shooting", "newton"),
     "backend": ("auto", "triton", "c", "torch"),
-    "update": ("auto", "none", "exact"),
+    "update": ("auto", "none", "diagonal", "exact"),
     "on_divergence": ("sequential", "raise", "warn"),
     "precision": ("ieee", "tf32x3", "tf32"),
     "save": ("recompute", "store"),
@@ -27,7 +27,8 @@ class Options:
     strategy        "sequential" (one chunk), "shooting" (chunks), "newton" (chunks of one step: DEER), or "auto"
     chunks          number of chunks for "shooting"; None: chosen
     warmup          steps run before a chunk to guess its start state; None: chosen, and adapted from run to run
-    update          correction of the chunk start states between passes: "none" (Picard), "exact" (Newton), or "auto"
+    update          correction of the chunk start states between passes: "none" (Picard), "diagonal" (quasi-Newton), "exact" (Newton),
+                    or "auto": none, and where the gap then falls slowly one that it takes
     atol, rtol      a chunk start state has converged when it moves by at most atol * scale + rtol * |state|, scale being its
                     largest magnitude up to there; None: by dtype
     max_passes      passes before the sequential kernel finishes the run; None: as long as a pass is expected to pay

@@ -37,8 +37,7 @@ class Plan:
     frozen: dict[str, torch.Tensor]  # attributes whose values the structure relies on
     own_gradient: tuple[str, ...]  # where the cell cuts or replaces its own gradient, in words
     adjoint: Callable[[], Any]
-    jacobian: Callable[[], Any]
-    adjoint_jacobian: Callable[[], Any]
+    jacobian: Callable[[str, str], Program]  # (direction, update) -> the program that carries that update's matrices too
     notes: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 

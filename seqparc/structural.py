@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from seqparc.errors import UnsupportedOpError
-from seqparc.lower import STRUCTURAL, Laid, Lowering
+from seqparc.layout import Laid
+from seqparc.lower import STRUCTURAL, Lowering
 
 Handler = Callable[..., Any]
 

@@ -80,6 +80,22 @@ def test_an_affine_cell_of_many_channels() -> None:
     assert newton.stats.passes <= 3  # linear: one update is exact, and is seen to be
 
 
+@pytest.mark.parametrize("n", [16, 40])
+def test_a_dense_cell_of_long_memory_takes_the_diagonal(n: int) -> None:
+    cell = nn.GRUCell(4, n).double()
+    with torch.no_grad():
+        cell.bias_hh[n : 2 * n] += 3  # the update gate keeps
+    x, state = torch.randn(2, 1024, 4, dtype=DOUBLE), torch.rand(2, n, dtype=DOUBLE)
+    passes = {}
+    for update in ("none", "diagonal"):
+        rnn = seqparc.compile(cell, options={"strategy": "shooting", "chunks": 16, "warmup": 0, "update": update, "rtol": 1e-12})
+        close(rnn(x, state), rnn.sequential(x, state))
+        assert rnn.stats.update == update and rnn.stats.converged
+        gradients_close(rnn, x, state, lambda y, last: y.square().sum() + last.sum())
+        passes[update] = rnn.stats.passes
+    assert passes["diagonal"] < passes["none"]
+
+
 @pytest.mark.parametrize("d", [1, 3, 7, 17])
 def test_widths_that_fill_no_vector(d: int) -> None:
     rnn = seqparc.compile(cells.ElementwiseGRU(d).double())

@@ -35,9 +35,9 @@ def real_programs(name: str) -> dict[str, Program]:
     leaves, convention, start = seqparc.compile(cell).understand(x)
     plan = compile_plan(cell, convention, [v[:, 0] for v in leaves], start)
     lane = lanes.split_lanes(plan.core, plan.structure)
-    made = {"core": plan.core, "lane": lane, "adjoint": derivative.adjoint(lane).program, "jacobian": derivative.jacobian(lane).program}
-    chosen = {"program": plan.program, "adjoint that runs": plan.adjoint().program, "jacobian that runs": plan.jacobian().program}
-    return made | chosen | {"adjoint jacobian that runs": plan.adjoint_jacobian().program}
+    made = {"core": plan.core, "lane": lane, "adjoint": derivative.adjoint(lane).program, "jacobian": derivative.jacobian(lane)}
+    chosen = {"program": plan.program, "adjoint that runs": plan.adjoint().program, "jacobian that runs": plan.jacobian("forward", "exact")}
+    return made | chosen | {f"{d} {u} that runs": plan.jacobian(d, u) for d in ("forward", "backward") for u in ("exact", "diagonal")}
 
 
 @st.composite

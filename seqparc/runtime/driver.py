@@ -64,7 +64,7 @@ class Cut:
     t0: np.ndarray
     length: np.ndarray
     warmup: int = 0
-    update: str = "none"  # "none", "exact", or "auto": none at first, exact if the gap falls slowly
+    updates: tuple[str, ...] = ("none",)  # the first is made until the gap falls too slowly, then the next
     atol: float = 0.0
     rtol: float = 0.0
     max_passes: int | None = None
@@ -84,8 +84,8 @@ class Problem:
     emits: Sequence[Tensor | None]
     sum_sizes: Sequence[int] = ()
     backwards: bool = False
-    jacobian: Callable[[], Kernel | None] | None = None  # makes the kernel of the program that carries A as well
-    place: np.ndarray | None = None  # [lanes, n]: where each state number of a lane lies in the flat state
+    #: update -> the kernel of the program that carries A as well, and [groups, n], where the numbers that A mixes lie in the flat state
+    correction: Callable[[str], tuple[Kernel, np.ndarray]] | None = None
 
 
 @dataclass
@@ -146,14 +146,15 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             first, length, start[1:], p.streams, params, [None] * len(p.emits), [None] * len(sums), p.backwards
         )
     end = start  # until the first sweep
-    newton = _newton(p, chunks) if cut.update == "exact" else None
     active = np.arange(chunks)
     outcome = Outcome(p.start, sums)
-    exact = cut.update == "exact" and newton is not None
+    updates = list(cut.updates)
+    newton = _newton(p, chunks, updates.pop(0))
+    since = 0  # passes before this update
     while True:
         # Close by, what is left is rounding, which Jacobians do not mend and plain passes do.
         near = bool(outcome.gaps) and outcome.gap <= NEAR * (cut.rtol or cut.atol)
-        correct = newton if exact and not near else None
+        correct = None if near else newton
         if correct is not None:
             correct.run(cut, active, start[active])
         if len(active) == chunks:
@@ -164,7 +165,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         largest = float(worst.max())
         outcome.gaps.append(largest * (cut.rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
-        outcome.update = "exact" if exact else "none"
+        outcome.update = newton.kind if newton is not None else "none"
         if not largest > 1:
             break
         moved = np.flatnonzero(worst > 1)
@@ -175,11 +176,10 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             moved = np.flatnonzero((p.kernel.gap(start[1:], target, cut.atol, cut.rtol) > 1) | (worst > 1))
         start[1:][moved] = target[moved]
         active = moved + 1
-        why = _give_up(outcome, cut, first_moved, chunks, p)
-        if why is not None and not exact and cut.update == "auto" and not why.startswith("max"):
-            newton = _newton(p, chunks)
-            if newton is not None:
-                exact, why, active = True, None, np.arange(chunks)  # before giving up: the exact update forgets nothing
+        why = _give_up(outcome, cut, first_moved, chunks, p, since)
+        if why is not None and updates and not why.startswith("max"):
+            newton, why, active = _newton(p, chunks, updates.pop(0)), None, np.arange(chunks)  # before giving up: what forgets less
+            since = outcome.passes
         if why is not None:
             outcome.converged, outcome.fallback = False, why
             if cut.on_divergence == "raise":
@@ -204,14 +204,14 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     return outcome
 
 
-def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Problem) -> str | None:
+def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Problem, since: int) -> str | None:
     """Why the sequential kernel should finish, or None while the passes are expected to pay."""
     if cut.max_passes is not None and outcome.passes >= cut.max_passes:
         return f"max_passes={cut.max_passes} reached"
     left = p.steps - int(cut.t0[first_moved + 1])
     # One pass costs about this many steps of the sequential kernel.
     cost = int(cut.length.max()) * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
-    gaps = outcome.gaps
+    gaps = outcome.gaps[since:]
     remaining: float = 1
     if cut.patient:
         if len(gaps) >= 4 and not min(gaps[-3:]) < gaps[-4]:  # also when it is not a number
@@ -230,22 +230,22 @@ def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Probl
     return None
 
 
-def _newton(p: Problem, chunks: int) -> _Newton | None:
-    kernel = p.jacobian() if p.jacobian is not None and p.place is not None else None
-    return None if kernel is None else _Newton(p, kernel, chunks)
+def _newton(p: Problem, chunks: int, update: str) -> _Newton | None:
+    return None if update == "none" or p.correction is None else _Newton(p, chunks, update)
 
 
 class _Newton:
-    """Chunk Jacobians and the exact update S'_{c+1} = E_c + A_c (S'_c - S_c)."""
+    """Chunk Jacobians and the update S'_{c+1} = E_c + A_c (S'_c - S_c); with "diagonal", every number is a group of its own."""
 
-    def __init__(self, p: Problem, kernel: Kernel, chunks: int) -> None:
-        assert p.place is not None
-        self.p, self.kernel = p, kernel
-        self.lanes, self.n = p.place.shape
-        self.place = torch.from_numpy(p.place.astype(np.int64)).to(p.start.device)
+    def __init__(self, p: Problem, chunks: int, update: str) -> None:
+        assert p.correction is not None
+        self.p, self.kind = p, update
+        self.kernel, place = p.correction(update)
+        self.groups, self.n = place.shape
+        self.place = torch.from_numpy(place.astype(np.int64)).to(p.start.device)
         self.params = self.kernel.prepare(p.params)
-        self.a = p.start.new_zeros(chunks, p.start.shape[0], self.lanes, self.n, self.n)
-        self.eye = torch.eye(self.n, dtype=p.start.dtype, device=p.start.device).expand(self.lanes, self.n, self.n).reshape(-1)
+        self.a = p.start.new_zeros(chunks, p.start.shape[0], self.groups, self.n, self.n)
+        self.eye = torch.eye(self.n, dtype=p.start.dtype, device=p.start.device).expand(self.groups, self.n, self.n).reshape(-1)
 
     def run(self, cut: Cut, active: np.ndarray, start: Tensor) -> None:
         """Jacobians of some chunks from their start states."""
@@ -254,12 +254,12 @@ class _Newton:
         end = self.kernel.sweep(
             cut.t0[active], cut.length[active], wide, self.p.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
         )
-        a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.lanes, self.n, self.n)
+        a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.groups, self.n, self.n)
         self.a[torch.from_numpy(active).to(start.device)] = a
 
     def update(self, start: Tensor, end: Tensor) -> Tensor:
         """New start states of chunks 1 …; where the correction overflows, the plain end states."""
-        residual = (end[:-1] - start[1:])[..., self.place]  # [chunks - 1, batch, lanes, n]
+        residual = (end[:-1] - start[1:])[..., self.place]  # [chunks - 1, batch, groups, n]
         move = _scan(self.a[1:-1], residual)
         target = end[:-1].clone()
         target[..., self.place] += move - residual

@@ -19,9 +19,6 @@ from seqparc.options import Options
 from seqparc.plan import Plan, Stats
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, cut_evenly, solve
 
-#: Largest dense state for which the exact update is offered.
-EXACT_LIMIT = 32
-
 #: A start state has converged when it moves by less than this many rounding units, for chunks of LONG_CHUNK steps and more.
 LONG_UNITS, LONG_CHUNK = 4, 32
 #: The same for shorter chunks.
@@ -70,36 +67,34 @@ class Engine:
             self._begun["backward"] = worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
             worker.shutdown(wait=False)
 
-    def solve(self, direction: str, program: Program, jacobian: Callable[[], Any], **problem: Any) -> tuple[Outcome, Stats]:
+    def solve(self, direction: str, program: Program, **problem: Any) -> tuple[Outcome, Stats]:
         """Run one recurrence: decide, cut, solve, remember."""
         start: Tensor = problem["start"]
         steps: int = problem["steps"]
         plan, options = self.plan, self.options
         name, kernel = self.kernel(direction, program, start.device)
-        exact = plan.scalar or plan.program.n <= EXACT_LIMIT
         affine = direction == "backward"
         key = f"{direction} {start.shape[0]} {steps.bit_length()}"
         choice = self.choose(
-            options, steps=steps, best=kernel.chunks_wanted(start.shape[0]), n=plan.program.n, exact_possible=exact, affine=affine,
+            options, steps=steps, best=kernel.chunks_wanted(start.shape[0]), n=plan.program.n, scalar=plan.scalar, affine=affine,
             warmup=self.warmup.get(key),
         )  # fmt: skip
         t0, length = cut_evenly(steps, choice.chunks)
         # Jumps add up over the chunks that a state remembers, so many short chunks are held to less than a few long ones.
         unit = torch.finfo(plan.dtype).eps * (LONG_UNITS if steps >= LONG_CHUNK * choice.chunks else SHORT_UNITS)
         cut = Cut(
-            t0, length, choice.warmup, choice.update,
+            t0, length, choice.warmup, choice.updates,
             atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
             max_passes=options.max_passes, on_divergence=options.on_divergence,
             patient=options.strategy != "auto",
         )  # fmt: skip
 
-        def make_jacobian() -> Kernel | None:
-            if not exact:
-                return None
-            return self.kernel(direction + " jacobian", jacobian().program, start.device)[1]
+        def correction(update: str) -> tuple[Kernel, np.ndarray]:
+            made = self.kernel(f"{direction} {update}", plan.jacobian(direction, update), start.device)[1]
+            return made, plan.place if update == "exact" else plan.place.reshape(-1, 1)
 
-        outcome = solve(Problem(kernel=kernel, jacobian=make_jacobian, place=plan.place, **problem), cut)
-        adapts = choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.update != "exact"
+        outcome = solve(Problem(kernel=kernel, correction=correction, **problem), cut)
+        adapts = choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.updates != ("exact",)
         if adapts and (outcome.passes > 1 or not outcome.converged):
             self.warmup[key] = max(1, choice.warmup) * 2
         if outcome.fallback and options.on_divergence == "warn":
@@ -126,7 +121,7 @@ class Engine:
         emits = [r[:, 1:] for r in room]
         whole = start[0] if len(start) == 1 else torch.cat(list(start), -1)
         outcome, self.stats = self.solve(
-            "forward", plan.program, plan.jacobian, start=whole, steps=steps, streams=streams, params=params,
+            "forward", plan.program, start=whole, steps=steps, streams=streams, params=params,
             emits=emits,
         )  # fmt: skip
         return room, outcome.end
@@ -153,7 +148,7 @@ class Engine:
             make = g_last.new_empty if covered else g_last.new_zeros
             emits.append(make(batch, steps, size))
         outcome, stats = self.solve(
-            "backward", program, plan.adjoint_jacobian, start=g_last, steps=steps, streams=[*streams, *before, *g_states],
+            "backward", program, start=g_last, steps=steps, streams=[*streams, *before, *g_states],
             params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
         )  # fmt: skip
         self.stats = replace(self.stats, backward=stats, compile_seconds=self.compile_seconds)
