@@ -219,7 +219,7 @@ class _Printer:
             case "next":
                 return [f"EACH n{t.number}[{at}][u] = {name};"]
             case "sum":
-                return [f"EACH c{t.number}[{at}][u] += KEEP({name});"]
+                return [f"if (out) EACH c{t.number}[{at}][u] += KEEP({name});"]
             case "emit":
                 s = self.program.emits[t.number]
                 index = s.index.array[:, t.at : t.at + size]
@@ -227,9 +227,9 @@ class _Printer:
                     return [f"EACH e{t.number}[{at}][u] = {name};"] if self.kept[t.number] == f"e{t.number}" else []
                 if self.scalar:
                     group, offset, mode = self.lane_group("y", s.slot, index)
-                    return [f"if (y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
+                    return [f"if (out && y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
                 at = f"y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t"
-                return [f"if (y{s.slot}) EACH STORE_ANY({at}, y{s.slot}_o + u * W, {name});"]
+                return [f"if (out && y{s.slot}) EACH STORE_ANY({at}, y{s.slot}_o + u * W, {name});"]
 
     def load_lines(self) -> list[str]:
         """Vector programs: everything the step reads of its streams."""
@@ -250,8 +250,8 @@ class _Printer:
             s = self.program.emits[i]
             row = f"y{s.slot} + ({self.address(s.index.array[:, :1])}) + k * y{s.slot}_t"
             lines += [
-                f"if (y{s.slot} && full) store_rows({row}, y{s.slot}_o, {s.value.size}, {name}, U);",
-                f"else if (y{s.slot}) for (int64_t i = 0; i < {s.value.size}; i++)",
+                f"if (out && y{s.slot} && full) store_rows({row}, y{s.slot}_o, {s.value.size}, {name}, U);",
+                f"else if (out && y{s.slot}) for (int64_t i = 0; i < {s.value.size}; i++)",
                 f"  EACH put_live({row} + i, y{s.slot}_o + u * W, {name}[i][u], length + u * W, k);",
             ]
         return lines

@@ -66,14 +66,18 @@ class CKernel:
         emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None],
         backwards: bool = False,
+        lead: np.ndarray | None = None,
+        reached: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, batch, row = start.shape
         t0, length = np.ascontiguousarray(t0, np.int64), np.ascontiguousarray(length, np.int64)
         start = start.contiguous()
+        lead = None if lead is None else np.ascontiguousarray(lead, np.int64)
         end = torch.empty_like(start)
         args: list[int] = [
-            chunks, batch, torch.get_num_threads(), _address(t0), _address(length), start.data_ptr(), end.data_ptr(), row,
+            chunks, batch, torch.get_num_threads(), _address(t0), _address(length), 0 if lead is None else _address(lead),
+            start.data_ptr(), 0 if reached is None else reached.data_ptr(), end.data_ptr(), row,
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ _HEAD = """\
 #endif
 #define LOAD_ANY sp_gather
 // The last steps of a tile whose chunks differ in length are not full: some lanes are done, and keep what they have.
+#define LIVE(l) (out ? k < length[l] : k >= -lead[l])
 #define KEEP(v) (full ? (v) : sp_where(live[u], (v), sp_set1(0)))
 #define STORE_SAME STORE_ANY
 #define STORE_ANY(p, o, v) do {{ if (full) sp_scatter((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); }} while (0)
@@ -101,7 +102,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     params = sorted({v.slot for v in ir.leaves(program.outputs, "param")})
     emits = sorted({s.slot for s in program.emits})
     sum_slots = sorted({s.slot for s in program.sums})
-    fields = ["chunks", "batch", "threads", "t0", "len", "start", "end", "row"]
+    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "row"]
     unpack: list[str] = []
 
     def argument(name: str, ctype: str = "int64_t") -> None:
@@ -146,9 +147,10 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
     out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=width)]
-    main = ["const int64_t chunks = args[0], batch = args[1], row = args[7];"]
+    main = ["const int64_t chunks = args[0], batch = args[1], row = args[9];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
-    main += ["const real* const start = (const real*)args[5]; real* const end = (real*)args[6];", *unpack]
+    main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8];"]
+    main += ["const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];", *unpack]
     main += _lanes(p)
     # offsets of each lane into each tensor
     if p.scalar:
@@ -177,8 +179,8 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         main.append(f"vf {name}[{size}][U_MOST]; for (int64_t i = 0; i < {size}; i++) EACH {name}[i][u] = sp_set1(0);")
     main += [f"vf {name}[{size}][U_MOST];" for name, size in (*arrays, *following)]
     step = [
-        "const int full = k < shortest;",
-        "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
+        "const int full = out ? k < shortest : k >= -least;",
+        "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = LIVE(u * W + l);",
         *p.load_lines(),
         *body,
         *p.store_lines(),
@@ -187,9 +189,13 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             for (s, size), (n, _) in zip(states, following, strict=True)
         ),
     ]
-    main += ["for (int64_t k = 0; k < longest; k++) {", *("  " + line for line in step), "}"]
+    main += ["// Twice over the same loop: the steps that lead up to the chunk, whose outputs nobody wants, then the chunk."]
+    main += ["for (int out = most == 0; out < 2; out++) {"]
+    main += ["  for (int64_t k = out ? 0 : -most; k < (out ? longest : 0); k++) {", *("    " + line for line in step), "  }"]
+    main += ["  real* const to = out ? end : reached;"]
     for (name, size), (at, lane) in zip(states, rows, strict=True):
-        main.append(f"{_for(size)}EACH sp_scatter(end + {at}, {lane} + u * W, {name}[{_i(size)}][u]);")
+        main.append(f"  {_for(size)}EACH sp_scatter(to + {at}, {lane} + u * W, {name}[{_i(size)}][u]);")
+    main += ["}"]
     for (name, size), store in zip(sums, program.sums, strict=True):
         at = p.address(store.index.array, "G(u * W + l)", "i")
         total = program.sum_sizes[store.slot]
@@ -217,7 +223,7 @@ def _lanes(p: _Printer) -> list[str]:
     """Which chunk, sample and lane of the program each lane of the tile is. Lanes past the last repeat it: they do and
     write the same as their double, so nothing is masked."""
     lanes = p.program.lanes
-    lines = ["int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], length[U_MOST * W];"]
+    lines = ["int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], length[U_MOST * W], lead[U_MOST * W];"]
     if p.scalar:
         lines += [
             "int64_t lane_g[U_MOST * W];",
@@ -240,12 +246,14 @@ def _lanes(p: _Printer) -> list[str]:
         ]
     lines += [
         "  lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;",
-        "  length[u * W + l] = len[cb / batch];",
+        "  length[u * W + l] = len[cb / batch]; lead[u * W + l] = leads ? leads[cb / batch] : 0;",
         "}",
-        "int64_t shortest = length[0], longest = length[0];",
+        "int64_t shortest = length[0], longest = length[0], least = lead[0], most = lead[0];",
         "for (int l = 1; l < U * W; l++) {",
         "  if (length[l] < shortest) shortest = length[l];",
         "  if (length[l] > longest) longest = length[l];",
+        "  if (lead[l] < least) least = lead[l];",
+        "  if (lead[l] > most) most = lead[l];",
         "}",
     ]
     return lines

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,13 +39,15 @@ class Kernel(Protocol):
 
     def sweep(
         self, t0: np.ndarray, length: np.ndarray, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor],
-        emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool,
+        emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool, lead: np.ndarray | None = None,
+        reached: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Run chunk c over steps t0[c] … t0[c] + length[c] - 1 from start[c]; returns the end states.
 
         start, end [chunks, batch, state numbers]; streams and emits [batch, time, numbers] with a unit last stride, written
         in place; sums [chunks, batch, numbers], overwritten. A None is not written. `backwards`: step t is the tensors'
-        step time - 1 - t.
+        step time - 1 - t. With `lead`, chunk c first runs the lead[c] steps before t0[c], which write nothing but the states they
+        reach, `reached`.
         """
 
     def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
@@ -111,11 +113,9 @@ def cut_evenly(steps: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(256)
-def _before(steps: int, chunks: int, warmup: int) -> tuple[np.ndarray, np.ndarray]:
-    """The steps that lead up to every chunk but the first: where they begin, and how many there are."""
-    t0, _ = cut_evenly(steps, chunks)
-    first = np.maximum(t0[1:] - warmup, 0)
-    return first, t0[1:] - first
+def _before(steps: int, chunks: int, warmup: int) -> np.ndarray:
+    """How many steps lead up to every chunk; none to the first, whose start is given."""
+    return np.minimum(cut_evenly(steps, chunks)[0], warmup)
 
 
 def solve(p: Problem, cut: Cut) -> Outcome:
@@ -125,10 +125,10 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     params = p.kernel.prepare(p.params)
     sums = [p.start.new_empty(chunks, batch, n) for n in p.sum_sizes]
 
-    def sweep(which: np.ndarray, start: Tensor) -> Tensor:
+    def sweep(which: np.ndarray, start: Tensor, *warm: Any) -> Tensor:
         """Run some chunks, outputs and all."""
         if len(which) == chunks:
-            return p.kernel.sweep(cut.t0, cut.length, start, p.streams, params, p.emits, sums, p.backwards)
+            return p.kernel.sweep(cut.t0, cut.length, start, p.streams, params, p.emits, sums, p.backwards, *warm)
         part = [z.new_empty(len(which), *z.shape[1:]) for z in sums]
         end = p.kernel.sweep(cut.t0[which], cut.length[which], start, p.streams, params, p.emits, part, p.backwards)
         at = torch.from_numpy(which).to(start.device)
@@ -140,17 +140,20 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         return Outcome(sweep(np.arange(1), p.start[None])[0], sums)
 
     start = p.start.expand(chunks, *p.start.shape).contiguous()
-    if cut.warmup:
-        first, length = _before(p.steps, chunks, cut.warmup)
-        start[1:] = p.kernel.sweep(
-            first, length, start[1:], p.streams, params, [None] * len(p.emits), [None] * len(sums), p.backwards
-        )
-    end = start  # until the first sweep
     active = np.arange(chunks)
     outcome = Outcome(p.start, sums)
     updates = list(cut.updates)
     newton = _newton(p, chunks, updates.pop(0))
     since = 0  # passes before this update
+    warm: tuple[Any, ...] = ()
+    if cut.warmup:
+        guess, start = start, torch.empty_like(start)
+        warm = _before(p.steps, chunks, cut.warmup), start
+        if newton is not None:  # whose Jacobians begin where the warm-up ends
+            nothing = [None] * len(p.emits)
+            p.kernel.sweep(cut.t0, cut.t0 * 0, guess, p.streams, params, nothing, [None] * len(sums), p.backwards, *warm)
+            warm = ()
+    end = start  # until the first sweep
     while True:
         # Close by, what is left is rounding, which Jacobians do not mend and plain passes do.
         near = bool(outcome.gaps) and outcome.gap <= NEAR * (cut.rtol or cut.atol)
@@ -158,7 +161,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         if correct is not None:
             correct.run(cut, active, start[active])
         if len(active) == chunks:
-            end = sweep(active, start)
+            end, warm = sweep(active, guess if warm else start, *warm), ()
         else:
             end[active] = sweep(active, start[active])
         worst = p.kernel.gap(start[1:], end[:-1], cut.atol, cut.rtol)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,14 @@ class TorchKernel:
         emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None],
         backwards: bool = False,
+        lead: np.ndarray | None = None,
+        reached: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
+        if lead is not None and reached is not None:
+            nothing: list[Any] = [None]
+            start = self.sweep(t0 - lead, lead, start, streams, params, nothing * len(emits), nothing * len(sums), backwards)
+            reached.copy_(start)
         state = start.clone()
         begin = torch.from_numpy(np.ascontiguousarray(t0, np.int64)).to(start.device)
         fixed = {v: self.pick(params[v.slot], v.index) for v in self.order if isinstance(v, ir.Leaf) and v.kind == "param"}
