@@ -30,7 +30,7 @@ class CKernel:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None
         sizes: list[Any] = [number, number, ctypes.c_double, ctypes.c_double]
-        self._gap.argtypes, self._gap.restype = [pointer, pointer, *sizes, pointer, pointer], None
+        self._gap.argtypes, self._gap.restype = [pointer, pointer, *sizes, pointer, pointer], ctypes.c_double
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
         self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
@@ -96,12 +96,13 @@ class CKernel:
         self._run(packed.buffer_info()[0])
         return end
 
-    def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
+    def gap(self, start: Tensor, end: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
         """See `seqparc.runtime.driver.Kernel`."""
-        start, target, chunks = start.contiguous(), target.contiguous(), len(start)
-        scale, worst = np.empty(start.numel() // chunks), np.empty(chunks)
-        self._gap(start.data_ptr(), target.data_ptr(), chunks, len(scale), atol, rtol, _address(scale), _address(worst))
-        return worst
+        start, end, chunks = start.contiguous(), end.contiguous(), start.shape[0]
+        numbers = start.numel() // chunks
+        scale, worst = np.empty(numbers), np.empty(chunks - 1)
+        largest = self._gap(start.data_ptr(), end.data_ptr(), chunks, numbers, atol, rtol, _address(scale), _address(worst))
+        return largest, worst
 
 
 def _address(a: np.ndarray) -> int:

@@ -76,21 +76,26 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 """
 
 _GAP = """
-// The largest move of each chunk's start state in units of atol scale + rtol |start|, scale being the largest magnitude of the same
-// number so far; a NaN that was one before has not moved. `numbers` of a whole batch, and as many in `scale`.
-void seqparc_gap(const real* start, const real* target, int64_t chunks, int64_t numbers, double atol, double rtol, double* scale,
-                 double* worst) {
+// How far the start state of chunk c is from the end state of chunk c - 1, in units of atol scale + rtol |start|, into worst[c - 1]; scale
+// is the largest magnitude of the same number so far, and NaN is no way from NaN. Returns the largest. `numbers` of a whole batch, and as
+// many in `scale`.
+double seqparc_gap(const real* start, const real* end, int64_t chunks, int64_t numbers, double atol, double rtol, double* scale,
+                   double* worst) {
+  double largest = 0;
   for (int64_t i = 0; i < numbers; i++) scale[i] = 0;
-  for (int64_t c = 0; c < chunks; c++) {
-    worst[c] = 0;
+  for (int64_t c = 1; c < chunks; c++) {
+    double most = 0;
     for (int64_t i = 0; i < numbers; i++) {
-      const double a = start[c * numbers + i], b = target[c * numbers + i], most = fabs(fabs(a) > fabs(b) ? a : b);
-      if (most > scale[i] && most < INFINITY) scale[i] = most;
+      const double a = start[c * numbers + i], b = end[(c - 1) * numbers + i], size = fabs(fabs(a) > fabs(b) ? a : b);
+      if (size > scale[i] && size < INFINITY) scale[i] = size;
       if (a == b || (a != a && b != b)) continue;
       const double move = fabs(b - a) / (atol * scale[i] + rtol * fabs(a));
-      if (move != move) worst[c] = INFINITY; else if (move > worst[c]) worst[c] = move;
+      if (move != move) most = INFINITY; else if (move > most) most = move;
     }
+    worst[c - 1] = most;
+    if (most > largest) largest = most;
   }
+  return largest;
 }
 """
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 from seqparc.options import Options
+from seqparc.plan import Choice
 
 #: Steps after which a cell is first assumed to have forgotten its start; adapted from run to run.
 FIRST_WARMUP = 32
@@ -13,17 +13,6 @@ FIRST_WARMUP = 32
 CHUNK_PER_WARMUP = 4
 #: Largest dense state for which the exact update, n + 1 times the work of a pass, is offered.
 EXACT_LIMIT = 32
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The decision for one run. `updates`: the first is made until the gap falls too slowly, then the next."""
-
-    strategy: str
-    chunks: int
-    warmup: int
-    updates: tuple[str, ...]
-    reasons: tuple[str, ...]
 
 
 def corrections(n: int, scalar: bool) -> tuple[str, ...]:

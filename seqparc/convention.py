@@ -48,6 +48,9 @@ class Convention:
     out: Structure | None = None
     keywords: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash((self.order, self.returns))  # at every call, so of a few words only
+
     @property
     def separate(self) -> bool:
         """Whether the state's leaves are arguments of their own."""

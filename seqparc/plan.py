@@ -57,6 +57,17 @@ class Plan:
         return np.concatenate([v.index.array + offsets[v.slot] for v in self.program.state], axis=1)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The decision for one run. `updates`: the first is made until the gap falls too slowly, then the next."""
+
+    strategy: str
+    chunks: int
+    warmup: int
+    updates: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
 @dataclass
 class Stats:
     """Of the last call.

@@ -297,5 +297,7 @@ def test_the_gap_is_relative_and_looks_back_only(backend: str) -> None:
     start[2, 0, 0], target[2, 0, 0] = float("nan"), float("nan")
     target[3, 0, 1] = 1e20
     start[3, 0, 3] = float("inf")
-    worst = kernel.gap(start, target, 1e-7, 0.0)
+    first, last = torch.zeros_like(start[:1]), torch.full_like(start[:1], 7.0)  # neither is part of a gap
+    largest, worst = kernel.gap(torch.cat((first, start)), torch.cat((target, last)), 1e-7, 0.0)
+    assert largest == float("inf")
     assert worst[0] == 0 and worst[1] == pytest.approx(10, rel=1e-3) and worst[2] == 0 and worst[3] == float("inf")

@@ -50,9 +50,10 @@ class Kernel(Protocol):
         reach, `reached`.
         """
 
-    def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
-        """[chunks]: the largest |target - start| / (atol scale + rtol |start|) of each chunk; NaN where NaN was has not moved.
+    def gap(self, start: Tensor, end: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+        """How far the start states of chunks 1 … are from the end states of those before them: the largest of all, and [chunks - 1].
 
+        In units of atol scale + rtol |start|; NaN where NaN was is no distance.
         scale: the largest magnitude so far, in this chunk and those before it, of the same state number of the same sample. It makes
         the test one of relative size, as gradients may be tiny everywhere. A start state that is still far off, even overflowing,
         says nothing of other numbers, nor of the chunks before it, from which the sequential kernel may have to go on.
@@ -72,6 +73,11 @@ class Cut:
     max_passes: int | None = None
     on_divergence: str = "sequential"
     patient: bool = False  # the user asked for this cut: passes go on as long as the gap falls
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest chunk, the last: lengths differ by rounding, which falls towards the end."""
+        return int(self.length[-1])
 
 
 @dataclass
@@ -136,11 +142,11 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             z[at] = new
         return end
 
+    active = np.arange(chunks)
     if chunks == 1:
-        return Outcome(sweep(np.arange(1), p.start[None])[0], sums)
+        return Outcome(sweep(active, p.start[None])[0], sums)
 
     start = p.start.expand(chunks, *p.start.shape).contiguous()
-    active = np.arange(chunks)
     outcome = Outcome(p.start, sums)
     updates = list(cut.updates)
     newton = _newton(p, chunks, updates.pop(0))
@@ -164,8 +170,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             end, warm = sweep(active, guess if warm else start, *warm), ()
         else:
             end[active] = sweep(active, start[active])
-        worst = p.kernel.gap(start[1:], end[:-1], cut.atol, cut.rtol)
-        largest = float(worst.max())
+        largest, worst = p.kernel.gap(start, end, cut.atol, cut.rtol)
         outcome.gaps.append(largest * (cut.rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
         outcome.update = newton.kind if newton is not None else "none"
@@ -173,10 +178,10 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             break
         moved = np.flatnonzero(worst > 1)
         first_moved = int(moved[0])
-        target = end[:-1]
+        target = end
         if correct is not None:
             target = correct.update(start, end)
-            moved = np.flatnonzero((p.kernel.gap(start[1:], target, cut.atol, cut.rtol) > 1) | (worst > 1))
+            moved = np.flatnonzero((p.kernel.gap(start, target, cut.atol, cut.rtol)[1] > 1) | (worst > 1))
         start[1:][moved] = target[moved]
         active = moved + 1
         why = _give_up(outcome, cut, first_moved, chunks, p, since)
@@ -213,7 +218,7 @@ def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Probl
         return f"max_passes={cut.max_passes} reached"
     left = p.steps - int(cut.t0[first_moved + 1])
     # One pass costs about this many steps of the sequential kernel.
-    cost = int(cut.length.max()) * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
+    cost = cut.longest * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
     gaps = outcome.gaps[since:]
     remaining: float = 1
     if cut.patient:
@@ -261,12 +266,12 @@ class _Newton:
         self.a[torch.from_numpy(active).to(start.device)] = a
 
     def update(self, start: Tensor, end: Tensor) -> Tensor:
-        """New start states of chunks 1 …; where the correction overflows, the plain end states."""
+        """End states corrected for the moves of the start states; where the correction overflows, as they are."""
         residual = (end[:-1] - start[1:])[..., self.place]  # [chunks - 1, batch, groups, n]
         move = _scan(self.a[1:-1], residual)
-        target = end[:-1].clone()
-        target[..., self.place] += move - residual
-        return torch.where(target.isfinite(), target, end[:-1])
+        target = end.clone()
+        target[:-1, ..., self.place] += move - residual
+        return torch.where(target.isfinite(), target, end)
 
 
 def _scan(a: Tensor, r: Tensor) -> Tensor:

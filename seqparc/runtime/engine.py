@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
-from seqparc.plan import Plan, Stats
+from seqparc.plan import Choice, Plan, Stats
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, cut_evenly, solve
 
 #: A start state has converged when it moves by less than this many rounding units, for chunks of LONG_CHUNK steps and more.
@@ -35,6 +34,7 @@ class Engine:
         self.backends = list(backends)
         self.kernels: dict[str, tuple[str, Kernel]] = {}
         self.warmup: dict[str, int] = {}
+        self._decided: dict[Any, tuple[Choice, Cut, str]] = {}
         self._begun: dict[str, Future[Kernel]] = {}
         self.stats = Stats()
         self.compile_seconds = plan.compile_seconds
@@ -67,41 +67,51 @@ class Engine:
             self._begun["backward"] = worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
             worker.shutdown(wait=False)
 
-    def solve(self, direction: str, program: Program, **problem: Any) -> tuple[Outcome, Stats]:
+    def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int) -> tuple[Choice, Cut, str]:
+        """How to run, the cut that follows from it, and the key that a better warm-up is remembered under."""
+        plan, options = self.plan, self.options
+        best = kernel.chunks_wanted(batch)
+        shape = f"{direction} {batch} {steps.bit_length()}"
+        warmup = self.warmup.get(shape)
+        key = direction, batch, steps, best, warmup
+        if key not in self._decided:
+            choice: Choice = self.choose(
+                options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup
+            )
+            t0, length = cut_evenly(steps, choice.chunks)
+            # Jumps add up over the chunks that a state remembers, so many short chunks are held to less than a few long ones.
+            unit = torch.finfo(plan.dtype).eps * (LONG_UNITS if steps >= LONG_CHUNK * choice.chunks else SHORT_UNITS)
+            cut = Cut(
+                t0, length, choice.warmup, choice.updates,
+                atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
+                max_passes=options.max_passes, on_divergence=options.on_divergence,
+                patient=options.strategy != "auto",
+            )  # fmt: skip
+            if len(self._decided) > 256:
+                self._decided.clear()
+            self._decided[key] = choice, cut, shape
+        return self._decided[key]
+
+    def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Outcome, Stats]:
         """Run one recurrence: decide, cut, solve, remember."""
-        start: Tensor = problem["start"]
-        steps: int = problem["steps"]
         plan, options = self.plan, self.options
         name, kernel = self.kernel(direction, program, start.device)
-        affine = direction == "backward"
-        key = f"{direction} {start.shape[0]} {steps.bit_length()}"
-        choice = self.choose(
-            options, steps=steps, best=kernel.chunks_wanted(start.shape[0]), n=plan.program.n, scalar=plan.scalar, affine=affine,
-            warmup=self.warmup.get(key),
-        )  # fmt: skip
-        t0, length = cut_evenly(steps, choice.chunks)
-        # Jumps add up over the chunks that a state remembers, so many short chunks are held to less than a few long ones.
-        unit = torch.finfo(plan.dtype).eps * (LONG_UNITS if steps >= LONG_CHUNK * choice.chunks else SHORT_UNITS)
-        cut = Cut(
-            t0, length, choice.warmup, choice.updates,
-            atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
-            max_passes=options.max_passes, on_divergence=options.on_divergence,
-            patient=options.strategy != "auto",
-        )  # fmt: skip
+        choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
 
         def correction(update: str) -> tuple[Kernel, np.ndarray]:
             made = self.kernel(f"{direction} {update}", plan.jacobian(direction, update), start.device)[1]
             return made, plan.place if update == "exact" else plan.place.reshape(-1, 1)
 
-        outcome = solve(Problem(kernel=kernel, correction=correction, **problem), cut)
-        adapts = choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.updates != ("exact",)
-        if adapts and (outcome.passes > 1 or not outcome.converged):
-            self.warmup[key] = max(1, choice.warmup) * 2
+        outcome = solve(Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem), cut)
+        if outcome.passes > 1 or not outcome.converged:
+            adapts = choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.updates != ("exact",)
+            if adapts:
+                self.warmup[shape] = max(1, choice.warmup) * 2
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
         stats = Stats(
-            backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=int(length.max()), warmup=choice.warmup,
+            backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.longest, warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
             fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
         )  # fmt: skip
@@ -110,21 +120,14 @@ class Engine:
     # -- forward ---------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], steps: int
-    ) -> tuple[list[Tensor], Tensor]:
-        """The states per slot, [batch, 1 + time, numbers] with the start state in front, and the last state."""
-        plan = self.plan
-        batch = start[0].shape[0]
-        room = [s.new_empty(batch, steps + 1, s.shape[1]) for s in start]
-        for r, s in zip(room, start, strict=True):
-            r[:, 0] = s
-        emits = [r[:, 1:] for r in room]
-        whole = start[0] if len(start) == 1 else torch.cat(list(start), -1)
+        self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor], steps: int
+    ) -> Tensor:
+        """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state."""
         outcome, self.stats = self.solve(
-            "forward", plan.program, start=whole, steps=steps, streams=streams, params=params,
-            emits=emits,
+            "forward", self.plan.program, start[0] if len(start) == 1 else torch.cat(list(start), -1), steps,
+            streams=streams, params=params, emits=emits,
         )  # fmt: skip
-        return room, outcome.end
+        return outcome.end
 
     # -- backward --------------------------------------------------------------------------------------------------------
 
@@ -148,10 +151,10 @@ class Engine:
             make = g_last.new_empty if covered else g_last.new_zeros
             emits.append(make(batch, steps, size))
         outcome, stats = self.solve(
-            "backward", program, start=g_last, steps=steps, streams=[*streams, *before, *g_states],
+            "backward", program, g_last, steps, streams=[*streams, *before, *g_states],
             params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
         )  # fmt: skip
-        self.stats = replace(self.stats, backward=stats, compile_seconds=self.compile_seconds)
+        self.stats.backward, self.stats.compile_seconds = stats, self.compile_seconds
         g_streams: list[Tensor | None] = [None] * n_streams
         for e in adjoint.streams:
             out = emits[e.slot]
@@ -219,14 +222,19 @@ class Solve(torch.autograd.Function):
     def forward(ctx: Any, engine: Engine, steps: int, counts: tuple[int, int], *tensors: Tensor) -> tuple[Tensor, ...]:
         n_state, n_stream = counts
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        room, end = engine.forward(start, streams, params, steps)
+        # The start state in front, so that the states before each step are a view of the same memory.
+        room = [s.new_empty(s.shape[0], steps + 1, s.shape[1]) for s in start]
+        for r, s in zip(room, start, strict=True):
+            r[:, 0] = s
+        states = [r.narrow(1, 1, steps) for r in room]
+        end = engine.forward(start, streams, params, states, steps)
         ctx.engine, ctx.counts = engine, counts
         ctx.save_for_backward(*tensors, *room)
         last, at = [], 0
         for s in start:
             last.append(end[:, at : at + s.shape[1]])
             at += s.shape[1]
-        return (*(r[:, 1:] for r in room), *last)
+        return (*states, *last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -101,12 +101,14 @@ class TorchKernel:
                 z.copy_(total)
         return state
 
-    def gap(self, start: Tensor, target: Tensor, atol: float, rtol: float) -> np.ndarray:
+    def gap(self, start: Tensor, end: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
         """See `seqparc.runtime.driver.Kernel`."""
-        scale = torch.maximum(start.abs(), target.abs()).nan_to_num_(0.0, 0.0, 0.0).cummax(0).values
-        size = (target - start).abs_().div_(start.abs().mul_(rtol).add_(scale.mul_(atol))).nan_to_num_(nan=math.inf)
-        size.masked_fill_((target == start) | (target.isnan() & start.isnan()), 0.0)
-        return size.flatten(1).amax(1).cpu().numpy()
+        start, end = start[1:], end[:-1]
+        scale = torch.maximum(start.abs(), end.abs()).nan_to_num_(0.0, 0.0, 0.0).cummax(0).values
+        size = (end - start).abs_().div_(start.abs().mul_(rtol).add_(scale.mul_(atol))).nan_to_num_(nan=math.inf)
+        size.masked_fill_((end == start) | (end.isnan() & start.isnan()), 0.0)
+        worst = size.flatten(1).amax(1).cpu().numpy()
+        return float(worst.max()), worst
 
     def evaluate(self, state: Tensor, streams: Sequence[Tensor], fixed: dict[ir.Leaf, Tensor]) -> dict[Value, Tensor]:
         """Every value of one step. state: [chunks, batch, numbers], streams alike."""

@@ -85,7 +85,7 @@ class CompiledRNN(nn.Module):
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
         else:
             outputs, last = self._run(engine, convention, leaves, start)
-            self._last = engine
+            self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
         y_structure = convention.state if convention.out is None else convention.out
         return y_structure.unflatten(outputs), convention.state.unflatten(last)
 
@@ -241,8 +241,9 @@ class CompiledRNN(nn.Module):
         return run(engine, x, start).outputs
 
     def _run(self, engine: Engine, convention: sig.Convention, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        captured = [get() for get in engine.plan.attributes.values()]
-        if not engine.plan.own_gradient or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *captured))):
+        own = bool(engine.plan.own_gradient)
+        captured = [get() for get in engine.plan.attributes.values()] if own else []
+        if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *captured))):
             done = run(engine, x, start)
             return done.outputs, done.last
 

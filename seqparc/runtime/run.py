@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqparc.plan import StateShape
 from seqparc.runtime.engine import Engine, Solve
 
 
@@ -40,17 +41,18 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
         values |= {("stream", i): s for i, s in enumerate(made)}
         streams = [s.reshape(batch, steps, -1) for s in made]
     streams = [_ready(s, plan.dtype) for s in streams]
-    params = [w.to(plan.dtype) for w in weights]
-    flat = [s.reshape(batch, -1).to(plan.dtype) for s in start]
+    params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in weights]
+    flat = [s if s.dim() == 2 and s.dtype == plan.dtype else s.reshape(batch, -1).to(plan.dtype) for s in start]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*flat, *streams, *params)):
         engine.begin_backward(flat[0].device)
         results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
         flat_states, flat_last = results[: len(flat)], results[len(flat) :]
     else:
-        room, end = engine.forward(flat, streams, params, steps)
-        flat_states, flat_last = [r[:, 1:] for r in room], end.split([s.shape[1] for s in flat], -1)
-    states = [y.reshape(batch, steps, *s.shape).to(s.dtype) for y, s in zip(flat_states, plan.states, strict=True)]
-    last = [e.reshape(batch, *s.shape).to(s.dtype) for e, s in zip(flat_last, plan.states, strict=True)]
+        flat_states = [s.new_empty(batch, steps, s.shape[1]) for s in flat]
+        end = engine.forward(flat, streams, params, flat_states, steps)
+        flat_last = [end] if len(flat) == 1 else end.split_with_sizes([s.shape[1] for s in flat], -1)
+    states = [_shaped(y, s, batch, steps) for y, s in zip(flat_states, plan.states, strict=True)]
+    last = [_shaped(e, s, batch) for e, s in zip(flat_last, plan.states, strict=True)]
     if plan.readout is None:
         return Run(states, states, last)
     values |= {("param", i): w for i, w in enumerate(weights)}
@@ -70,7 +72,15 @@ def before(start: Tensor, states: Tensor) -> Tensor:
     return torch.cat((start.unsqueeze(1).to(states.dtype), states[:, :-1]), 1)
 
 
+def _shaped(flat: Tensor, state: StateShape, *lead: int) -> Tensor:
+    """States as the cell has them. Where nothing changes nothing is called: each call costs a short run a percent."""
+    if len(state.shape) != 1:
+        flat = flat.reshape(*lead, *state.shape)
+    return flat if flat.dtype == state.dtype else flat.to(state.dtype)
+
+
 def _ready(stream: Tensor, dtype: torch.dtype) -> Tensor:
     """A stream as kernels read it: the arithmetic's dtype, unit last stride."""
-    stream = stream.to(dtype)
+    if stream.dtype != dtype:
+        stream = stream.to(dtype)
     return stream if stream.stride(-1) == 1 or stream.shape[-1] == 1 else stream.contiguous()
