@@ -14,13 +14,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import filelock
 
 from seqparc import store
-from seqparc.errors import ToolchainError
+from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.options import environment
 
 FLAGS = (
@@ -73,11 +74,11 @@ def _compile(compiler: str, source: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
         text, made = Path(work, "kernel.c"), Path(work, "kernel.so")
         text.write_text(source)
-        command = (compiler, *FLAGS, str(text), "-o", str(made), "-lm")
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise ToolchainError(f"the C compiler {compiler} cannot be run: {error}", command) from error
+        command, done = _run(compiler, FLAGS, text, made)
+        if done.returncode and "omp" in done.stderr:  # clang without its OpenMP library
+            command, done = _run(compiler, tuple(f for f in FLAGS if f != "-fopenmp"), text, made)
+            if not done.returncode:
+                warnings.warn(f"{compiler} has no OpenMP library, so kernels run in one thread", SeqparcWarning, stacklevel=2)
         if done.returncode or not made.exists():
             raise ToolchainError(
                 f"the C compiler failed with status {done.returncode}:\n{' '.join(command)}\n{done.stderr.strip()}", command, done.stderr
@@ -87,6 +88,14 @@ def _compile(compiler: str, source: str, path: Path) -> None:
         os.replace(text, path.with_suffix(".c"))
         os.replace(made, path)
         os.replace(Path(work, "kernel.sha256"), path.with_suffix(".sha256"))  # last: it says the object is whole
+
+
+def _run(compiler: str, flags: tuple[str, ...], text: Path, made: Path) -> tuple[tuple[str, ...], subprocess.CompletedProcess[str]]:
+    command = (compiler, *flags, str(text), "-o", str(made), "-lm")
+    try:
+        return command, subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ToolchainError(f"the C compiler {compiler} cannot be run: {error}", command) from error
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class CKernel:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None
         sizes: list[Any] = [number, number, ctypes.c_double, ctypes.c_double]
-        self._gap.argtypes, self._gap.restype = [pointer, pointer, *sizes, pointer, pointer], ctypes.c_double
+        self._gap.argtypes, self._gap.restype = [pointer, pointer, pointer, *sizes, pointer, pointer], ctypes.c_double
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
         self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
@@ -68,6 +68,7 @@ class CKernel:
         backwards: bool = False,
         lead: np.ndarray | None = None,
         reached: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, batch, row = start.shape
@@ -77,7 +78,7 @@ class CKernel:
         end = torch.empty_like(start)
         args: list[int] = [
             chunks, batch, torch.get_num_threads(), _address(t0), _address(length), 0 if lead is None else _address(lead),
-            start.data_ptr(), 0 if reached is None else reached.data_ptr(), end.data_ptr(), row,
+            start.data_ptr(), 0 if reached is None else reached.data_ptr(), end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row,
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[int, int, int]:
@@ -96,12 +97,13 @@ class CKernel:
         self._run(packed.buffer_info()[0])
         return end
 
-    def gap(self, start: Tensor, end: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
         """See `seqparc.runtime.driver.Kernel`."""
-        start, end, chunks = start.contiguous(), end.contiguous(), start.shape[0]
-        numbers = start.numel() // chunks
-        scale, worst = np.empty(numbers), np.empty(chunks - 1)
-        largest = self._gap(start.data_ptr(), end.data_ptr(), chunks, numbers, atol, rtol, _address(scale), _address(worst))
+        chunks, numbers = start.shape[0], start[0].numel()
+        most, worst = np.empty(numbers), np.empty(chunks - 1)
+        largest = self._gap(
+            start.data_ptr(), end.data_ptr(), sizes.data_ptr(), chunks, numbers, atol, rtol, _address(most), _address(worst)
+        )
         return largest, worst
 
 

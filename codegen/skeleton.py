@@ -33,7 +33,6 @@ _HEAD = """\
 #endif
 #define LOAD_ANY sp_gather
 // The last steps of a tile whose chunks differ in length are not full: some lanes are done, and keep what they have.
-#define LIVE(l) (out ? k < length[l] : k >= -lead[l])
 #define KEEP(v) (full ? (v) : sp_where(live[u], (v), sp_set1(0)))
 #define STORE_SAME STORE_ANY
 #define STORE_ANY(p, o, v) do {{ if (full) sp_scatter((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); }} while (0)
@@ -46,6 +45,9 @@ _HEAD = """\
 static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {{
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }}
+
+// How large a number has been lately: a step ago counts half.
+INLINE vf lately(vf m, vf s) {{ const vf a = sp_abs(s), b = m * sp_set1((real)0.5); return sp_select((vi)(a > b), a, b); }}
 
 // n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
 INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {{
@@ -75,25 +77,38 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 }}
 """
 
+#: Which steps: every lane begins where its own lead begins, so that one that has fewer steps than its neighbours reads on, never back.
+_PHASE = """\
+for (int l = 0; l < U * W; l++) {
+  const int64_t c = lane_c[l], lead = out ? 0 : leads[c];
+  begin[l] = t0[c] - lead; length[l] = out ? len[c] : lead;
+}
+int64_t shortest = length[0], longest = length[0];
+for (int l = 1; l < U * W; l++) {
+  if (length[l] < shortest) shortest = length[l];
+  if (length[l] > longest) longest = length[l];
+}""".split("\n")
+
 _GAP = """
-// How far the start state of chunk c is from the end state of chunk c - 1, in units of atol scale + rtol |start|, into worst[c - 1]; scale
-// is the largest magnitude of the same number so far, and NaN is no way from NaN. Returns the largest. `numbers` of a whole batch, and as
-// many in `scale`.
-double seqparc_gap(const real* start, const real* end, int64_t chunks, int64_t numbers, double atol, double rtol, double* scale,
-                   double* worst) {
+// How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
+// size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
+// `numbers` of a whole batch, and as many in `most`.
+double seqparc_gap(const real* start, const real* end, const real* sizes, int64_t chunks, int64_t numbers, double atol, double rtol,
+                   double* most, double* worst) {
   double largest = 0;
-  for (int64_t i = 0; i < numbers; i++) scale[i] = 0;
+  for (int64_t i = 0; i < numbers; i++) most[i] = 0;
   for (int64_t c = 1; c < chunks; c++) {
-    double most = 0;
+    double here = 0;
     for (int64_t i = 0; i < numbers; i++) {
-      const double a = start[c * numbers + i], b = end[(c - 1) * numbers + i], size = fabs(fabs(a) > fabs(b) ? a : b);
-      if (size > scale[i] && size < INFINITY) scale[i] = size;
+      const double a = start[c * numbers + i], b = end[(c - 1) * numbers + i];
+      const double size = fmax(fmax(fabs(a), fabs(b)), sizes[(c - 1) * numbers + i]);
+      if (size > most[i] && size < INFINITY) most[i] = size;
       if (a == b || (a != a && b != b)) continue;
-      const double move = fabs(b - a) / (atol * scale[i] + rtol * fabs(a));
-      if (move != move) most = INFINITY; else if (move > most) most = move;
+      const double move = fabs(b - a) / (atol * most[i] + rtol * size);
+      if (move != move) here = INFINITY; else if (move > here) here = move;
     }
-    worst[c - 1] = most;
-    if (most > largest) largest = most;
+    worst[c - 1] = here;
+    if (here > largest) largest = here;
   }
   return largest;
 }
@@ -107,7 +122,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     params = sorted({v.slot for v in ir.leaves(program.outputs, "param")})
     emits = sorted({s.slot for s in program.emits})
     sum_slots = sorted({s.slot for s in program.sums})
-    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "row"]
+    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "sizes", "row"]
     unpack: list[str] = []
 
     def argument(name: str, ctype: str = "int64_t") -> None:
@@ -152,26 +167,29 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
     out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=width)]
-    main = ["const int64_t chunks = args[0], batch = args[1], row = args[9];"]
+    main = ["const int64_t chunks = args[0], batch = args[1], row = args[10];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
-    main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8];"]
+    main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];"]
     main += ["const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];", *unpack]
     main += _lanes(p)
-    # offsets of each lane into each tensor
+    # Offsets of each lane into each tensor; those that depend on time are made anew for the steps before the chunk and for the chunk.
+    begins: list[str] = []
+
+    def offsets_of(name: str, value: str, where: list[str]) -> None:
+        main.append(f"int64_t {name}[U_MOST * W];")
+        where.append(f"for (int l = 0; l < U * W; l++) {name}[l] = {value};")
+
     if p.scalar:
         for (kind, slot, how), number in groups:
             lane = f"{how}[lane_g[l]]" if isinstance(how, str) else ("0" if how == 0 else f"lane_g[l] * {how}")
-            main.append(f"int64_t o{number}[U_MOST * W];")
-            main.append(
-                f"for (int l = 0; l < U * W; l++) o{number}[l] = lane_r[l] + {lane};"
-                if kind == "r"
-                else f"for (int l = 0; l < U * W; l++) o{number}[l] = lane_b[l] * {kind}{slot}_b + t0[lane_c[l]] * {kind}{slot}_t + {lane};"
-            )
+            if kind == "r":
+                offsets_of(f"o{number}", f"lane_r[l] + {lane}", main)
+            else:
+                offsets_of(f"o{number}", f"lane_b[l] * {kind}{slot}_b + begin[l] * {kind}{slot}_t + {lane}", begins)
     else:
         for kind, slots in (("x", streams), ("y", emits)):
             for s in slots:
-                main.append(f"int64_t {kind}{s}_o[U_MOST * W];")
-                main.append(f"for (int l = 0; l < U * W; l++) {kind}{s}_o[l] = lane_b[l] * {kind}{s}_b + t0[lane_c[l]] * {kind}{s}_t;")
+                offsets_of(f"{kind}{s}_o", f"lane_b[l] * {kind}{s}_b + begin[l] * {kind}{s}_t", begins)
     if p.param_regs:
         main.append(f"vf p[{len(p.param_regs)}][U_MOST];")
         for leaf, number in p.param_regs.items():
@@ -182,10 +200,12 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         main.append(f"vf {name}[{size}][U_MOST]; {_for(size)}EACH {name}[{_i(size)}][u] = sp_gather(start + {at}, {lane} + u * W);")
     for name, size in sums:
         main.append(f"vf {name}[{size}][U_MOST]; for (int64_t i = 0; i < {size}; i++) EACH {name}[i][u] = sp_set1(0);")
+    for name, size in states:
+        main.append(f"vf m_{name}[{size}][U_MOST]; {_for(size)}EACH m_{name}[{_i(size)}][u] = sp_abs({name}[{_i(size)}][u]);")
     main += [f"vf {name}[{size}][U_MOST];" for name, size in (*arrays, *following)]
     step = [
-        "const int full = out ? k < shortest : k >= -least;",
-        "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = LIVE(u * W + l);",
+        "const int full = k < shortest;",
+        "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
         *p.load_lines(),
         *body,
         *p.store_lines(),
@@ -193,14 +213,21 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             f"{_for(size)}EACH {s}[{_i(size)}][u] = full ? {n}[{_i(size)}][u] : sp_where(live[u], {n}[{_i(size)}][u], {s}[{_i(size)}][u]);"
             for (s, size), (n, _) in zip(states, following, strict=True)
         ),
+        *(
+            f"if (sizes) {_for(size)}EACH {{ const vf m = lately(m_{s}[{_i(size)}][u], {s}[{_i(size)}][u]); "
+            f"m_{s}[{_i(size)}][u] = full ? m : sp_where(live[u], m, m_{s}[{_i(size)}][u]); }}"
+            for s, size in states
+        ),
     ]
     main += ["// Twice over the same loop: the steps that lead up to the chunk, whose outputs nobody wants, then the chunk."]
-    main += ["for (int out = most == 0; out < 2; out++) {"]
-    main += ["  for (int64_t k = out ? 0 : -most; k < (out ? longest : 0); k++) {", *("    " + line for line in step), "  }"]
+    main += ["for (int out = leads == 0; out < 2; out++) {", *("  " + line for line in (*_PHASE, *begins))]
+    main += ["  for (int64_t k = 0; k < longest; k++) {", *("    " + line for line in step), "  }"]
     main += ["  real* const to = out ? end : reached;"]
     for (name, size), (at, lane) in zip(states, rows, strict=True):
         main.append(f"  {_for(size)}EACH sp_scatter(to + {at}, {lane} + u * W, {name}[{_i(size)}][u]);")
     main += ["}"]
+    for (name, size), (at, lane) in zip(states, rows, strict=True):
+        main.append(f"if (sizes) {_for(size)}EACH sp_scatter(sizes + {at}, {lane} + u * W, m_{name}[{_i(size)}][u]);")
     for (name, size), store in zip(sums, program.sums, strict=True):
         at = p.address(store.index.array, "G(u * W + l)", "i")
         total = program.sum_sizes[store.slot]
@@ -228,7 +255,7 @@ def _lanes(p: _Printer) -> list[str]:
     """Which chunk, sample and lane of the program each lane of the tile is. Lanes past the last repeat it: they do and
     write the same as their double, so nothing is masked."""
     lanes = p.program.lanes
-    lines = ["int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], length[U_MOST * W], lead[U_MOST * W];"]
+    lines = ["int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];"]
     if p.scalar:
         lines += [
             "int64_t lane_g[U_MOST * W];",
@@ -251,14 +278,6 @@ def _lanes(p: _Printer) -> list[str]:
         ]
     lines += [
         "  lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;",
-        "  length[u * W + l] = len[cb / batch]; lead[u * W + l] = leads ? leads[cb / batch] : 0;",
-        "}",
-        "int64_t shortest = length[0], longest = length[0], least = lead[0], most = lead[0];",
-        "for (int l = 1; l < U * W; l++) {",
-        "  if (length[l] < shortest) shortest = length[l];",
-        "  if (length[l] > longest) longest = length[l];",
-        "  if (lead[l] < least) least = lead[l];",
-        "  if (lead[l] > most) most = lead[l];",
         "}",
     ]
     return lines

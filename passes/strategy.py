@@ -21,8 +21,13 @@ def corrections(n: int, scalar: bool) -> tuple[str, ...]:
 
 
 @functools.lru_cache(512)
-def choose(options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None) -> Choice:
-    """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device."""
+def choose(
+    options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None, passes: float = 1
+) -> Choice:
+    """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device.
+
+    `warmup` and `passes` are what earlier runs have shown to be needed.
+    """
     strategy, reasons = options.strategy, []
     if strategy == "auto":
         strategy = "sequential" if best == 1 else "shooting"
@@ -48,6 +53,8 @@ def choose(options: Options, *, steps: int, best: int, n: int, scalar: bool, aff
             reasons.append(f"{chunks} chunks: each is to be {CHUNK_PER_WARMUP} warm-ups of {guess} steps at least")
     if chunks == 1:
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
+    if options.strategy == "auto" and passes * (steps // chunks) + guess >= steps:
+        return Choice("sequential", 1, 0, ("none",), (*reasons, f"earlier runs took {passes} passes of {chunks} chunks"))
     if affine and offered[0] == "exact" and update == "auto" and guess * CHUNK_PER_WARMUP > steps // chunks:
         update = "exact"
         reasons.append("linear in the state, so one exact update is right and no guess is needed")

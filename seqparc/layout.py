@@ -141,10 +141,10 @@ class Layouts:
             batch = np.where(batched, local // sizes[which], -1)
             if (batch < 0).any():
                 batch = self._complete(batch)
-        if batch is None:
-            return self._new(ir.gather(values, which.reshape(-1), elem.reshape(-1)), codes.shape, None)
         if len(values) == 1 and (which == 0).all():
             return Laid(values[0], elem, batch)  # a view: the same value, laid out otherwise
+        if batch is None:
+            return self._new(ir.gather(values, which.reshape(-1), elem.reshape(-1)), codes.shape, None)
         _, rows = self._rows(batch)
         w, e = which.reshape(-1)[rows], elem.reshape(-1)[rows]
         if not ((w == w[:1]).all() and (e == e[:1]).all()):

@@ -178,9 +178,9 @@ class Lowering(Layouts):
         if node in self.graph.state:
             size = val.numel() // val.shape[0]
             return self._input(ir.leaf("state", self.graph.state.index(node), np.arange(size)[None]), val)
-        if kind == "const" and node.op != "placeholder":
-            return self._constant(node)
         is_view = _moves_only(node)
+        if kind == "const" and node.op != "placeholder" and not is_view:
+            return self._constant(node)
         if kind in ("param", "x") and not is_view and not (self.folding and worth_folding(node)):
             return self._frontier(node, kind, val)
         if _is_part(node):
@@ -266,7 +266,9 @@ class Lowering(Layouts):
 
     def _zeros(self, node: fx.Node) -> NDArray[np.bool_] | None:
         """Where a parameter-only value is zero because a constant in it is; None: nowhere known."""
-        target = str(node.target)
+        target, val = str(node.target), node.meta.get("val")
+        if node.meta["kind"] == "const" and isinstance(val, torch.Tensor):
+            return (val == 0).cpu().numpy()
         if node.op == "placeholder" and node.meta["key"][0] == "attr":
             name = node.meta["key"][1]
             tensor = self.graph.attributes[name]

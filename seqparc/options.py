@@ -29,8 +29,8 @@ class Options:
     warmup          steps run before a chunk to guess its start state; None: chosen, and adapted from run to run
     update          correction of the chunk start states between passes: "none" (Picard), "diagonal" (quasi-Newton), "exact" (Newton),
                     or "auto": none, and where the gap then falls slowly one that it takes
-    atol, rtol      a chunk start state has converged when it moves by at most atol * scale + rtol * |state|, scale being its
-                    largest magnitude up to there; None: by dtype
+    atol, rtol      a chunk start state has converged when it moves by at most rtol * size + atol * most, size being how large that number
+                    was in the last few steps, most how large it ever was before; None: by dtype
     max_passes      passes before the sequential kernel finishes the run; None: as long as a pass is expected to pay
     on_divergence   when the passes do not converge: "sequential" finishes exactly, "warn" also warns, "raise" raises
     backend         "c", "torch", "triton", or "auto" by device

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,12 @@ class Plain(nn.Module):
         return torch.tanh(self.w * h + x)
 
 
-def same_as_loop(rnn: seqparc.CompiledRNN, x: Tensor) -> None:
-    torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+def same_as_loop(rnn: seqparc.CompiledRNN, x: Tensor, grad: bool = False) -> None:
+    y, right = rnn(x)[0], rnn.sequential(x)[0]
+    torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if grad:
+        mine, theirs = (torch.autograd.grad(v.sum(), list(rnn.parameters())) for v in (y, right))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 # -- cells -----------------------------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def test_no_compiler_is_announced(missing: dict[str, str], backend: str, fresh: 
     x = torch.randn(2, 20, 4)
     with pytest.warns(SeqparcWarning, match="compiler"):
         rnn(x)
-    same_as_loop(rnn, x)
+    same_as_loop(rnn, x, grad=True)
     assert rnn.stats.backend == "torch"
 
 
@@ -252,7 +258,7 @@ def test_a_compiler_that_fails_shows_what_it_said(fresh: Path, tmp_path: Path, m
     x = torch.randn(2, 20, 4)
     with pytest.warns(SeqparcWarning, match="the moon is full"):
         rnn(x)
-    same_as_loop(rnn, x)
+    same_as_loop(rnn, x, grad=True)
 
 
 def test_a_compiler_that_makes_rubbish(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +270,17 @@ def test_a_compiler_that_makes_rubbish(fresh: Path, tmp_path: Path, monkeypatch:
     x = torch.randn(2, 20, 4)
     with pytest.warns(SeqparcWarning, match="cannot be loaded"):
         rnn(x)
-    same_as_loop(rnn, x)
+    same_as_loop(rnn, x, grad=True)
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="no clang here")
+def test_clang_will_do(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "clang")
+    rnn = seqparc.compile(Plain())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* has no OpenMP library", category=SeqparcWarning)
+        same_as_loop(rnn, torch.randn(2, 200, 4), grad=True)
+    assert rnn.stats.backend == "c"
 
 
 def test_the_cache_is_private_and_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,17 +287,41 @@ def test_scan_is_the_loop(count: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["c", "torch"])
-def test_the_gap_is_relative_and_looks_back_only(backend: str) -> None:
+def test_the_gap_is_relative_to_what_was_lately(backend: str) -> None:
     make = {"c": CKernel, "torch": TorchKernel}[backend]
     kernel = make(plan("minGRU").program, torch.float64)
     n = sum(plan("minGRU").program.state_sizes)
-    start = torch.full((4, 1, n), 1e-9, dtype=torch.float64)
-    target = start.clone()
-    target[1, 0, 2] *= 1 + 1e-6
-    start[2, 0, 0], target[2, 0, 0] = float("nan"), float("nan")
-    target[3, 0, 1] = 1e20
-    start[3, 0, 3] = float("inf")
-    first, last = torch.zeros_like(start[:1]), torch.full_like(start[:1], 7.0)  # neither is part of a gap
-    largest, worst = kernel.gap(torch.cat((first, start)), torch.cat((target, last)), 1e-7, 0.0)
-    assert largest == float("inf")
-    assert worst[0] == 0 and worst[1] == pytest.approx(10, rel=1e-3) and worst[2] == 0 and worst[3] == float("inf")
+    start = torch.full((5, 1, n), 1e-9, dtype=torch.float64)
+    end = torch.full((5, 1, n), 1e-9, dtype=torch.float64)
+    sizes = end.clone()
+    end[1, 0, 2] *= 1 + 1e-6
+    sizes[2, 0, 0] = 1.0  # crosses zero
+    end[2, 0, 0] = 1e-6 + 1e-9
+    start[3, 0, 0], end[2, 0, 1], start[3, 0, 1] = 1e-9, float("nan"), float("nan")
+    end[3, 0, 1], start[4, 0, 1] = 1e20, 1.0
+    start[0], end[4] = 3, 7  # neither is part of a gap
+    largest, worst = kernel.gap(start, end, sizes, 0.0, 1e-7)
+    assert worst[0] == 0 and worst[1] == pytest.approx(10, rel=1e-3) and worst[2] == pytest.approx(10, rel=1e-3)
+    assert worst[3] == largest == pytest.approx(1e7)
+    start[1, 0, 0] = end[0, 0, 0] = 1.0
+    assert kernel.gap(start, end, sizes, 1e-7, 0.0)[1][2] == pytest.approx(10, rel=1e-3)  # of the largest so far
+    end[3, 0, 3] = float("inf")
+    assert kernel.gap(start, end, sizes, 1e-7, 1e-7)[0] == float("inf")
+
+
+@pytest.mark.parametrize("backend", ["c", "torch"])
+@pytest.mark.parametrize("name", ["elementwise GRU", "GRU"])
+def test_a_kernel_says_how_large_the_state_was_lately(name: str, backend: str) -> None:
+    p = plan(name)
+    kernel = {"c": CKernel, "torch": TorchKernel}[backend](p.program, torch.float64)
+    steps, n, t0, length = 13, sum(p.program.state_sizes), np.array([0, 6]), np.array([6, 7])
+    _, streams, params = inputs_of(p.program, 2)
+    streams = [torch.randn(2, steps, x.shape[-1], dtype=torch.float64) for x in streams]
+    states = [torch.zeros(2, steps, size, dtype=torch.float64) for size in p.program.emit_sizes]
+    start = torch.randn(2, 2, n, dtype=torch.float64) * 5
+    sizes = torch.empty_like(start)
+    kernel.sweep(t0, length, start, streams, kernel.prepare(params), states, [], sizes=sizes)
+    for c, count in enumerate(length.tolist()):
+        seen = [start[c], *torch.cat(states, -1)[:, t0[c] : t0[c] + count].unbind(1)]
+        right = torch.stack([s.abs() / 2 ** (len(seen) - 1 - k) for k, s in enumerate(seen)]).amax(0)
+        torch.testing.assert_close(sizes[c], right)

@@ -23,6 +23,8 @@ from seqparc.errors import ConvergenceError
 
 #: Times the tolerance at which a gap counts as near: Newton's last step took it there, and the next would only stir the rounding.
 NEAR = 64
+#: Times by which Newton's steps make the gap smaller as long as there is more than rounding in it.
+FAST = 4
 
 
 class Kernel(Protocol):
@@ -40,23 +42,22 @@ class Kernel(Protocol):
     def sweep(
         self, t0: np.ndarray, length: np.ndarray, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor],
         emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool, lead: np.ndarray | None = None,
-        reached: Tensor | None = None,
+        reached: Tensor | None = None, sizes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Run chunk c over steps t0[c] … t0[c] + length[c] - 1 from start[c]; returns the end states.
 
         start, end [chunks, batch, state numbers]; streams and emits [batch, time, numbers] with a unit last stride, written
         in place; sums [chunks, batch, numbers], overwritten. A None is not written. `backwards`: step t is the tensors'
         step time - 1 - t. With `lead`, chunk c first runs the lead[c] steps before t0[c], which write nothing but the states they
-        reach, `reached`.
+        reach, `reached`. `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
         """
 
-    def gap(self, start: Tensor, end: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
         """How far the start states of chunks 1 … are from the end states of those before them: the largest of all, and [chunks - 1].
 
-        In units of atol scale + rtol |start|; NaN where NaN was is no distance.
-        scale: the largest magnitude so far, in this chunk and those before it, of the same state number of the same sample. It makes
-        the test one of relative size, as gradients may be tiny everywhere. A start state that is still far off, even overflowing,
-        says nothing of other numbers, nor of the chunks before it, from which the sequential kernel may have to go on.
+        In units of atol · most + rtol · size, where size is how large the number was lately, and most the largest size in this chunk and
+        those before it; NaN is no way from NaN. A number that crosses zero is judged by what it was just before; one that has
+        decayed from large values, as cotangents do, by what it is now, down to the fraction atol of what it was.
         """
 
 
@@ -70,6 +71,7 @@ class Cut:
     updates: tuple[str, ...] = ("none",)  # the first is made until the gap falls too slowly, then the next
     atol: float = 0.0
     rtol: float = 0.0
+    slack: float = 1.0  # times rtol for a state that remembers more than a chunk, as where Jacobians are needed
     max_passes: int | None = None
     on_divergence: str = "sequential"
     patient: bool = False  # the user asked for this cut: passes go on as long as the gap falls
@@ -131,20 +133,23 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     params = p.kernel.prepare(p.params)
     sums = [p.start.new_empty(chunks, batch, n) for n in p.sum_sizes]
 
-    def sweep(which: np.ndarray, start: Tensor, *warm: Any) -> Tensor:
-        """Run some chunks, outputs and all."""
-        if len(which) == chunks:
-            return p.kernel.sweep(cut.t0, cut.length, start, p.streams, params, p.emits, sums, p.backwards, *warm)
-        part = [z.new_empty(len(which), *z.shape[1:]) for z in sums]
-        end = p.kernel.sweep(cut.t0[which], cut.length[which], start, p.streams, params, p.emits, part, p.backwards)
-        at = torch.from_numpy(which).to(start.device)
-        for z, new in zip(sums, part, strict=True):
-            z[at] = new
-        return end
+    def sweep(which: np.ndarray, start: Tensor, lead: np.ndarray | None = None, reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run some chunks, outputs and all: their end states, and how large the state was lately."""
+        sizes, part = torch.empty_like(start), sums
+        if len(which) != chunks:
+            part = [z.new_empty(len(which), *z.shape[1:]) for z in sums]
+        end = p.kernel.sweep(
+            cut.t0[which], cut.length[which], start, p.streams, params, p.emits, part, p.backwards, lead, reached, sizes
+        )  # fmt: skip
+        if len(which) != chunks:
+            at = torch.from_numpy(which).to(start.device)
+            for z, new in zip(sums, part, strict=True):
+                z[at] = new
+        return end, sizes
 
     active = np.arange(chunks)
     if chunks == 1:
-        return Outcome(sweep(active, p.start[None])[0], sums)
+        return Outcome(sweep(active, p.start[None])[0][0], sums)
 
     start = p.start.expand(chunks, *p.start.shape).contiguous()
     outcome = Outcome(p.start, sums)
@@ -159,19 +164,22 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             nothing = [None] * len(p.emits)
             p.kernel.sweep(cut.t0, cut.t0 * 0, guess, p.streams, params, nothing, [None] * len(sums), p.backwards, *warm)
             warm = ()
-    end = start  # until the first sweep
+    end = sizes = start  # until the first sweep
+    near = False
     while True:
-        # Close by, what is left is rounding, which Jacobians do not mend and plain passes do.
-        near = bool(outcome.gaps) and outcome.gap <= NEAR * (cut.rtol or cut.atol)
+        # Where close by the gap no longer falls fast, what is left is rounding, which Jacobians do not mend and plain passes do.
+        gaps = outcome.gaps
+        near = near or (len(gaps) > 1 and gaps[-1] <= NEAR * (cut.rtol or cut.atol) and gaps[-1] * FAST > gaps[-2])
         correct = None if near else newton
         if correct is not None:
             correct.run(cut, active, start[active])
         if len(active) == chunks:
-            end, warm = sweep(active, guess if warm else start, *warm), ()
+            (end, sizes), warm = sweep(active, guess if warm else start, *warm), ()
         else:
-            end[active] = sweep(active, start[active])
-        largest, worst = p.kernel.gap(start, end, cut.atol, cut.rtol)
-        outcome.gaps.append(largest * (cut.rtol or cut.atol))
+            end[active], sizes[active] = sweep(active, start[active])
+        scale, rtol = (sizes, cut.rtol) if newton is None else (newton.remembered(sizes), cut.rtol * cut.slack)
+        largest, worst = p.kernel.gap(start, end, scale, cut.atol, rtol)
+        outcome.gaps.append(largest * (rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
         outcome.update = newton.kind if newton is not None else "none"
         if not largest > 1:
@@ -181,7 +189,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         target = end
         if correct is not None:
             target = correct.update(start, end)
-            moved = np.flatnonzero((p.kernel.gap(start, target, cut.atol, cut.rtol)[1] > 1) | (worst > 1))
+            moved = np.flatnonzero((p.kernel.gap(start, target, scale, cut.atol, rtol)[1] > 1) | (worst > 1))
         start[1:][moved] = target[moved]
         active = moved + 1
         why = _give_up(outcome, cut, first_moved, chunks, p, since)
@@ -247,7 +255,7 @@ class _Newton:
 
     def __init__(self, p: Problem, chunks: int, update: str) -> None:
         assert p.correction is not None
-        self.p, self.kind = p, update
+        self.p, self.kind, self.known = p, update, False
         self.kernel, place = p.correction(update)
         self.groups, self.n = place.shape
         self.place = torch.from_numpy(place.astype(np.int64)).to(p.start.device)
@@ -264,6 +272,7 @@ class _Newton:
         )
         a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.groups, self.n, self.n)
         self.a[torch.from_numpy(active).to(start.device)] = a
+        self.known = True
 
     def update(self, start: Tensor, end: Tensor) -> Tensor:
         """End states corrected for the moves of the start states; where the correction overflows, as they are."""
@@ -274,8 +283,20 @@ class _Newton:
         return torch.where(target.isfinite(), target, end)
 
 
-def _scan(a: Tensor, r: Tensor) -> Tensor:
-    """d_0 = r_0, d_c = r_c + a_{c-1} d_{c-1}, by doubling; a [count - 1, ..., n, n], r [count, ..., n]."""
+    def remembered(self, sizes: Tensor) -> Tensor:
+        """How large the state was as far as it remembers: the rounding of a slow number is that of its past.
+
+        Never more than it ever was: an unstable cell's Jacobians would excuse anything.
+        """
+        if not self.known:
+            return sizes
+        far = sizes.clone()
+        far[..., self.place] = _scan(self.a[1:].abs(), sizes[..., self.place], torch.fmax)
+        return torch.fmax(torch.fmin(far, sizes.nan_to_num(0.0).cummax(0).values), sizes)
+
+
+def _scan(a: Tensor, r: Tensor, both: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tensor:
+    """d_0 = r_0, d_c = r_c + a_{c-1} d_{c-1}, by doubling; a [count - 1, ..., n, n], r [count, ..., n]. `both`: in place of +."""
     count = r.shape[0]
     d = r.clone()
     if count == 1:
@@ -283,7 +304,7 @@ def _scan(a: Tensor, r: Tensor) -> Tensor:
     m = torch.cat((torch.zeros_like(a[:1]), a))
     step = 1
     while step < count:
-        d = torch.cat((d[:step], d[step:] + (m[step:] @ d[:-step].unsqueeze(-1)).squeeze(-1)))
+        d = torch.cat((d[:step], both(d[step:], (m[step:] @ d[:-step].unsqueeze(-1)).squeeze(-1))))
         m = torch.cat((m[:step], m[step:] @ m[:-step]))
         step *= 2
     return d

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,40 @@ from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, cut_evenly, solve
 
-#: A start state has converged when it moves by less than this many rounding units, for chunks of LONG_CHUNK steps and more.
-LONG_UNITS, LONG_CHUNK = 4, 32
-#: The same for shorter chunks.
-SHORT_UNITS = 1
+#: A start state has converged when it moves by at most this many rounding units, by chunk length. A state that remembers M steps holds the
+#: rounding of M steps, about sqrt(M) units, and the jumps of M / length chunks: a jump of half of sqrt(length) adds half as much.
+UNITS = (2.0, 8.0)
+#: Steps from which on a chunk's rounding is taken for a random walk.
+LONG = 32
+#: Times that for states that do remember more than a chunk: half of sqrt(length) is one standard deviation of what rounding moves, and the
+#: largest of many moves is about four.
+SLACK = 4.0
+#: A longer warm-up is worth having if it makes the first gap this many times smaller.
+WORTH = 4
+#: Calls after which a shape that was better run sequentially is tried again.
+RETRY = 100
 
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
+
+
+@dataclass
+class Experience:
+    """What earlier runs of one shape and direction have taught: the warm-up, whether a longer one would help, and the passes it takes."""
+
+    warmup: int
+    gap: float  # after the first pass, with half the warm-up
+    settled: bool = False
+    passes: float = 1
+    calls: int = 0
+
+    def learn(self, outcome: Outcome, warmup: int) -> None:
+        """From a run that took more than one pass."""
+        if self.settled:
+            self.passes = outcome.passes if outcome.converged else math.inf
+        elif outcome.gaps[0] * WORTH <= self.gap:
+            self.warmup, self.gap = max(1, warmup) * 2, outcome.gaps[0]
+        else:
+            self.warmup, self.settled = max(1, warmup) // 2, True
 
 
 class Engine:
@@ -33,9 +63,9 @@ class Engine:
         self.plan, self.options, self.choose = plan, options, choose
         self.backends = list(backends)
         self.kernels: dict[str, tuple[str, Kernel]] = {}
-        self.warmup: dict[str, int] = {}
+        self.experience: dict[str, Experience] = {}
         self._decided: dict[Any, tuple[Choice, Cut, str]] = {}
-        self._begun: dict[str, Future[Kernel]] = {}
+        self._begun: dict[str, tuple[str, Future[Kernel]]] = {}
         self.stats = Stats()
         self.compile_seconds = plan.compile_seconds
 
@@ -46,8 +76,8 @@ class Engine:
             while True:
                 name, make = self.backends[0]
                 try:
-                    begun = self._begun.pop(direction, None)
-                    self.kernels[direction] = (name, make(program, self.plan.dtype, device) if begun is None else begun.result())
+                    by, begun = self._begun.pop(direction, ("", None))
+                    self.kernels[direction] = (name, begun.result() if begun and by == name else make(program, self.plan.dtype, device))
                     break
                 except (ToolchainError, ValueError) as error:
                     if len(self.backends) == 1:
@@ -62,9 +92,9 @@ class Engine:
     def begin_backward(self, device: torch.device) -> None:
         """Make the backward kernel beside whatever comes next: compilers are other processes, and there is mostly a core idle."""
         if "backward" not in self.kernels and "backward" not in self._begun:
-            make = self.backends[0][1]
+            name, make = self.backends[0]
             worker = ThreadPoolExecutor(1)
-            self._begun["backward"] = worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
+            self._begun["backward"] = name, worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
             worker.shutdown(wait=False)
 
     def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int) -> tuple[Choice, Cut, str]:
@@ -72,18 +102,21 @@ class Engine:
         plan, options = self.plan, self.options
         best = kernel.chunks_wanted(batch)
         shape = f"{direction} {batch} {steps.bit_length()}"
-        warmup = self.warmup.get(shape)
-        key = direction, batch, steps, best, warmup
+        known = self.experience.get(shape)
+        warmup, passes = (None, 1) if known is None else (known.warmup, known.passes)
+        key = direction, batch, steps, best, warmup, passes
         if key not in self._decided:
             choice: Choice = self.choose(
-                options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup
-            )
+                options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup,
+                passes=passes,
+            )  # fmt: skip
             t0, length = cut_evenly(steps, choice.chunks)
-            # Jumps add up over the chunks that a state remembers, so many short chunks are held to less than a few long ones.
-            unit = torch.finfo(plan.dtype).eps * (LONG_UNITS if steps >= LONG_CHUNK * choice.chunks else SHORT_UNITS)
+            eps = torch.finfo(plan.dtype).eps
+            unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
             cut = Cut(
                 t0, length, choice.warmup, choice.updates,
-                atol=unit if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
+                atol=eps**2 if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
+                slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
                 max_passes=options.max_passes, on_divergence=options.on_divergence,
                 patient=options.strategy != "auto",
             )  # fmt: skip
@@ -103,10 +136,8 @@ class Engine:
             return made, plan.place if update == "exact" else plan.place.reshape(-1, 1)
 
         outcome = solve(Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem), cut)
-        if outcome.passes > 1 or not outcome.converged:
-            adapts = choice.strategy == "shooting" and not options.deterministic and options.warmup is None and choice.updates != ("exact",)
-            if adapts:
-                self.warmup[shape] = max(1, choice.warmup) * 2
+        if not options.deterministic and options.warmup is None:
+            self._learn(shape, choice, outcome)
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
@@ -116,6 +147,17 @@ class Engine:
             fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
         )  # fmt: skip
         return outcome, stats
+
+    def _learn(self, shape: str, choice: Choice, outcome: Outcome) -> None:
+        known = self.experience.get(shape)
+        if choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
+            if known is None:
+                known = self.experience[shape] = Experience(choice.warmup, math.inf)
+            known.learn(outcome, choice.warmup)
+        elif known is not None and choice.strategy == "sequential":
+            known.calls += 1
+            if known.calls >= RETRY:
+                del self.experience[shape]
 
     # -- forward ---------------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class TorchKernel:
         backwards: bool = False,
         lead: np.ndarray | None = None,
         reached: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         if lead is not None and reached is not None:
@@ -69,6 +70,7 @@ class TorchKernel:
         begin = torch.from_numpy(np.ascontiguousarray(t0, np.int64)).to(start.device)
         fixed = {v: self.pick(params[v.slot], v.index) for v in self.order if isinstance(v, ir.Leaf) and v.kind == "param"}
         totals = [None if z is None else torch.zeros_like(z) for z in sums]
+        lately = state.abs()
         shortest, longest = int(length.min()), int(length.max())
         for k in range(longest):
             live = np.flatnonzero(length > k)
@@ -96,18 +98,23 @@ class TorchKernel:
                 state = following
             else:
                 state[rows] = following
+            if sizes is not None:
+                lately[rows] = torch.fmax(state[rows].abs(), lately[rows] * 0.5)
+        if sizes is not None:
+            sizes.copy_(lately)
         for z, total in zip(sums, totals, strict=True):
             if z is not None and total is not None:
                 z.copy_(total)
         return state
 
-    def gap(self, start: Tensor, end: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
         """See `seqparc.runtime.driver.Kernel`."""
         start, end = start[1:], end[:-1]
-        scale = torch.maximum(start.abs(), end.abs()).nan_to_num_(0.0, 0.0, 0.0).cummax(0).values
-        size = (end - start).abs_().div_(start.abs().mul_(rtol).add_(scale.mul_(atol))).nan_to_num_(nan=math.inf)
-        size.masked_fill_((end == start) | (end.isnan() & start.isnan()), 0.0)
-        worst = size.flatten(1).amax(1).cpu().numpy()
+        size = torch.fmax(torch.fmax(start.abs(), end.abs()), sizes[:-1])
+        most = torch.where(size.isfinite(), size, 0.0).cummax(0).values
+        move = (end - start).abs_().div_(size.mul_(rtol).add_(most.mul_(atol))).nan_to_num_(nan=math.inf)
+        move.masked_fill_((end == start) | (end.isnan() & start.isnan()), 0.0)
+        worst = move.flatten(1).amax(1).cpu().numpy()
         return float(worst.max()), worst
 
     def evaluate(self, state: Tensor, streams: Sequence[Tensor], fixed: dict[ir.Leaf, Tensor]) -> dict[Value, Tensor]:
