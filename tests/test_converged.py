@@ -50,16 +50,34 @@ def outcome(*gaps: float, converged: bool = True) -> Outcome:
 
 def test_a_longer_warm_up_is_kept_while_it_helps() -> None:
     known = Experience(32, math.inf)
-    known.learn(outcome(1e-2, 0), 32)
+    known.learn(outcome(1e-2, 0), 32, 1e-5)
     assert known.warmup == 64 and not known.settled
-    known.learn(outcome(1e-4, 0), 64)
+    known.learn(outcome(1e-4, 0), 64, 1e-5)
     assert known.warmup == 128 and not known.settled
-    known.learn(outcome(9e-5, 0), 128)  # no better: what is left is something else
-    assert known.warmup == 64 and known.settled and known.passes == 1
-    known.learn(outcome(9e-5, 1e-6, 0), 64)
+    known.learn(outcome(9e-5, 0), 128, 1e-5)  # no better: what is left is something else, but too much to be rounding
+    assert known.warmup == 64 and known.settled and known.passes == 1 and known.floor == 0
+    known.learn(outcome(9e-5, 1e-6, 0), 64, 1e-5)
     assert known.warmup == 64 and known.passes == 3
-    known.learn(outcome(1.0, 1.0, converged=False), 64)
+    known.learn(outcome(1.0, 1.0, converged=False), 64, 1e-5)
     assert known.passes == math.inf
+
+
+def test_what_rounding_leaves_is_learnt() -> None:
+    known = Experience(32, math.inf)
+    known.learn(outcome(2e-6, 0), 32, 1e-5)
+    known.learn(outcome(3e-6, 0), 64, 1e-5)
+    assert known.settled and known.warmup == 32 and known.floor == 6e-6
+    torch.manual_seed(0)
+    cell = nn.LSTMCell(8, 64)
+    rnn = seqparc.compile(cell)
+    x = torch.randn(4, 2048, 8, requires_grad=True)
+    wanted = [x, *cell.parameters()]
+    exact = torch.autograd.grad(rnn.sequential(x)[0][0].sum(), wanted)
+    for _ in range(4):
+        found = torch.autograd.grad(rnn(x)[0][0].sum(), wanted)
+        for mine, right in zip(found, exact, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+    assert rnn.stats.backward is not None and rnn.stats.backward.passes == 1
 
 
 def test_a_cell_that_does_not_forget_is_soon_run_sequentially(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ LONG = 32
 SLACK = 4.0
 #: A longer warm-up is worth having if it makes the first gap this many times smaller.
 WORTH = 4
+#: A gap that a longer warm-up does not make smaller is rounding if it is at most this many units, and is then taken for converged.
+FLOOR = 64
 #: Calls after which a shape that was better run sequentially is tried again.
 RETRY = 100
 
@@ -38,22 +40,29 @@ MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
 
 @dataclass
 class Experience:
-    """What earlier runs of one shape and direction have taught: the warm-up, whether a longer one would help, and the passes it takes."""
+    """What earlier runs of one shape and direction have taught: the warm-up, whether a longer one would help, and the passes it takes.
+
+    floor: the gap that rounding leaves, 0 if not known. Two start states far apart, those of half and of the whole warm-up, end as
+    far from the truth as each other; what they have in common is not where they began.
+    """
 
     warmup: int
     gap: float  # after the first pass, with half the warm-up
     settled: bool = False
     passes: float = 1
+    floor: float = 0.0
     calls: int = 0
 
-    def learn(self, outcome: Outcome, warmup: int) -> None:
-        """From a run that took more than one pass."""
+    def learn(self, outcome: Outcome, warmup: int, most: float) -> None:
+        """From a run that took more than one pass. `most`: the largest floor that is believed."""
         if self.settled:
             self.passes = outcome.passes if outcome.converged else math.inf
         elif outcome.gaps[0] * WORTH <= self.gap:
             self.warmup, self.gap = max(1, warmup) * 2, outcome.gaps[0]
         else:
             self.warmup, self.settled = max(1, warmup) // 2, True
+            floor = max(self.gap, outcome.gaps[0])
+            self.floor = min(2 * floor, most) if floor <= most else 0.0
 
 
 class Engine:
@@ -103,8 +112,8 @@ class Engine:
         best = kernel.chunks_wanted(batch)
         shape = f"{direction} {batch} {steps.bit_length()}"
         known = self.experience.get(shape)
-        warmup, passes = (None, 1) if known is None else (known.warmup, known.passes)
-        key = direction, batch, steps, best, warmup, passes
+        warmup, passes, floor = (None, 1, 0.0) if known is None else (known.warmup, known.passes, known.floor)
+        key = direction, batch, steps, best, warmup, passes, floor
         if key not in self._decided:
             choice: Choice = self.choose(
                 options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup,
@@ -115,7 +124,7 @@ class Engine:
             unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
             cut = Cut(
                 t0, length, choice.warmup, choice.updates,
-                atol=eps**2 if options.atol is None else options.atol, rtol=unit if options.rtol is None else options.rtol,
+                atol=eps**2 if options.atol is None else options.atol, rtol=max(unit, floor) if options.rtol is None else options.rtol,
                 slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
                 max_passes=options.max_passes, on_divergence=options.on_divergence,
                 patient=options.strategy != "auto",
@@ -153,7 +162,7 @@ class Engine:
         if choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
             if known is None:
                 known = self.experience[shape] = Experience(choice.warmup, math.inf)
-            known.learn(outcome, choice.warmup)
+            known.learn(outcome, choice.warmup, FLOOR * torch.finfo(self.plan.dtype).eps)
         elif known is not None and choice.strategy == "sequential":
             known.calls += 1
             if known.calls >= RETRY:
