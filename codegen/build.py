@@ -18,8 +18,6 @@ import warnings
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import filelock
-
 from seqparc import store
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.options import environment
@@ -53,6 +51,8 @@ def load(source: str) -> tuple[ctypes.CDLL, Path]:
     folder = store.folder()
     path = folder / f"{key}.so"
     if not _intact(path):
+        import filelock  # a tenth of a second, and a warm start does without it
+
         with filelock.FileLock(str(folder / f"{key}.lock")):
             if not _intact(path):
                 _compile(command, source, path)
@@ -104,11 +104,16 @@ def _find(name: str, search: str) -> tuple[str, str]:
     found = shutil.which(name)
     if found is None:
         raise ToolchainError(f"no C compiler named {name!r} is on the PATH")
-    try:
-        version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
-    except OSError as error:
-        raise ToolchainError(f"the C compiler {found} cannot be run: {error}") from error
-    return found, version
+    about = os.stat(os.path.realpath(found))
+
+    def ask() -> str:
+        try:
+            return subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
+        except OSError as error:
+            raise ToolchainError(f"the C compiler {found} cannot be run: {error}") from error
+
+    # Asking starts a process; a compiler that is the same file has the same version.
+    return found, store.remembered("compiler", f"{os.path.realpath(found)} {about.st_mtime_ns} {about.st_size}", ask)
 
 
 def compiler() -> tuple[str, str]:

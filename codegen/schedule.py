@@ -134,7 +134,7 @@ def _segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints
     if value in done:
         return done[value]
     parts: Ints = np.zeros(value.size, np.int64)
-    if value not in stored:
+    if value.size > 1 and value not in stored:
         match value:
             case ir.Map(operands=operands):
                 parts = _combine([_segments(a, stored, done) for a in operands])
@@ -149,7 +149,10 @@ def _segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints
 
 
 def _combine(columns: list[Ints]) -> Ints:
-    return np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].reshape(-1)
+    telling = [c for c in columns if (c != c[0]).any()]
+    if not telling:
+        return np.zeros(len(columns[0]), np.int64)
+    return np.unique(np.stack(telling, 1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _loops(targets: list[Target], arrays: dict[Value, int]) -> list[Loop]:

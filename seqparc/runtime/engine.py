@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,18 @@ FLOOR = 64
 RETRY = 100
 
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: compiling makes many objects that stay, and each round looks through all of torch's (0.1 s)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclass
@@ -86,7 +100,8 @@ class Engine:
                 name, make = self.backends[0]
                 try:
                     by, begun = self._begun.pop(direction, ("", None))
-                    self.kernels[direction] = (name, begun.result() if begun and by == name else make(program, self.plan.dtype, device))
+                    with uncollected():
+                        self.kernels[direction] = (name, begun.result() if begun and by == name else make(program, self.plan.dtype, device))
                     break
                 except (ToolchainError, ValueError) as error:
                     if len(self.backends) == 1:

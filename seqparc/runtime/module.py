@@ -15,7 +15,7 @@ from seqparc import signature as sig
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
-from seqparc.runtime.engine import Engine
+from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import OwnGradientCall
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
@@ -225,9 +225,10 @@ class CompiledRNN(nn.Module):
         if engine is None:
             x_t = [v[:, 0] for v in leaves]
             try:
-                plan = TOOLS["compile_plan"](cell, convention, x_t, start)
-                engine = Engine(plan, TOOLS["backends"](self.options.backend, leaves[0].device), self.options, TOOLS["choose"])
-                TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
+                with uncollected():
+                    plan = TOOLS["compile_plan"](cell, convention, x_t, start)
+                    engine = Engine(plan, TOOLS["backends"](self.options.backend, leaves[0].device), self.options, TOOLS["choose"])
+                    TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
                 if step is None:
