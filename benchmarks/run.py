@@ -27,7 +27,7 @@ from measure import compile_times, machine, measure  # noqa: E402
 #: Cells whose compile time is taken, and the most it may be (seconds).
 COMPILED = ("elementwise GRU", "GRU", "LSTM", "RNN tanh", "RNN relu", "minGRU", "sLSTM", "block GRU", "layer norm GRU", "IndRNN", "LEM",
             "peephole LSTM", "two levels", "affine", "sparse")  # fmt: skip
-COLD, WARM, FLAT = 4.0, 0.3, 0.5
+COLD, WARM, FLAT = 4.0, 0.3, 0.2
 
 
 def speed_table(case: Case, rows: Sequence[dict[str, Any]]) -> Table:

@@ -76,6 +76,10 @@ class Cut:
     on_divergence: str = "sequential"
     patient: bool = False  # the user asked for this cut: passes go on as long as the gap falls
 
+    def spent(self, passes: int) -> bool:
+        """Whether no more passes are allowed."""
+        return self.max_passes is not None and passes >= self.max_passes
+
     @property
     def longest(self) -> int:
         """Steps of the longest chunk, the last: lengths differ by rounding, which falls towards the end."""
@@ -193,8 +197,8 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         start[1:][moved] = target[moved]
         active = moved + 1
         why = _give_up(outcome, cut, first_moved, chunks, p, since)
-        if why is not None and updates and not why.startswith("max"):
-            newton, why, active = _newton(p, chunks, updates.pop(0)), None, np.arange(chunks)  # before giving up: what forgets less
+        if why is not None and updates and not cut.spent(outcome.passes):  # before giving up: what forgets less
+            newton, why, active = _newton(p, chunks, updates.pop(0)), None, np.arange(chunks)
             since = outcome.passes
         if why is not None:
             outcome.converged, outcome.fallback = False, why
@@ -205,24 +209,24 @@ def solve(p: Problem, cut: Cut) -> Outcome:
                     best=start,
                     gap=outcome.gap,
                 )
-            # Everything before chunk first_moved + 1 is consistent, and its start is the true end of what lies before.
-            rest = first_moved + 1
-            start[rest] = end[first_moved]
-            tail_sums = [z.new_empty(1, batch, z.shape[-1]) for z in sums]
-            t0 = cut.t0[rest : rest + 1]
-            last = p.kernel.sweep(
-                t0, np.array([p.steps - int(t0[0])]), start[rest : rest + 1], p.streams, params, p.emits, tail_sums, p.backwards
-            )
-            outcome.end = last[0]
-            outcome.sums = [torch.cat((z[:rest], tail)) for z, tail in zip(sums, tail_sums, strict=True)]
-            return outcome
+            return _finish(p, cut, params, outcome, first_moved + 1, end[first_moved])
     outcome.end = end[-1]
+    return outcome
+
+
+def _finish(p: Problem, cut: Cut, params: Sequence[Tensor], outcome: Outcome, first: int, start: Tensor) -> Outcome:
+    """Run sequentially from chunk `first`, whose start state is the end of what is consistent before it."""
+    tail = [z.new_empty(1, *z.shape[1:]) for z in outcome.sums]
+    t0 = cut.t0[first : first + 1]
+    end = p.kernel.sweep(t0, p.steps - t0, start[None], p.streams, params, p.emits, tail, p.backwards)
+    outcome.end = end[0]
+    outcome.sums = [torch.cat((z[:first], rest)) for z, rest in zip(outcome.sums, tail, strict=True)]
     return outcome
 
 
 def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Problem, since: int) -> str | None:
     """Why the sequential kernel should finish, or None while the passes are expected to pay."""
-    if cut.max_passes is not None and outcome.passes >= cut.max_passes:
+    if cut.spent(outcome.passes):
         return f"max_passes={cut.max_passes} reached"
     left = p.steps - int(cut.t0[first_moved + 1])
     # One pass costs about this many steps of the sequential kernel.
