@@ -50,22 +50,31 @@ def outcome(*gaps: float, converged: bool = True) -> Outcome:
 
 def test_a_longer_warm_up_is_kept_while_it_helps() -> None:
     known = Experience(32, math.inf)
-    known.learn(outcome(1e-2, 0), 32, 1e-5)
+    known.learn(outcome(1e-2, 0), 32, 100, 1e-5)
     assert known.warmup == 64 and not known.settled
-    known.learn(outcome(1e-4, 0), 64, 1e-5)
+    known.learn(outcome(1e-4, 0), 64, 100, 1e-5)
     assert known.warmup == 128 and not known.settled
-    known.learn(outcome(9e-5, 0), 128, 1e-5)  # no better: what is left is something else, but too much to be rounding
+    known.learn(outcome(9e-5, 0), 128, 100, 1e-5)  # no better: what is left is something else, but too much to be rounding
     assert known.warmup == 64 and known.settled and known.passes == 1 and known.floor == 0
-    known.learn(outcome(9e-5, 1e-6, 0), 64, 1e-5)
+    known.learn(outcome(9e-5, 1e-6, 0), 64, 100, 1e-5)
     assert known.warmup == 64 and known.passes == 3
-    known.learn(outcome(1.0, 1.0, converged=False), 64, 1e-5)
+    known.learn(outcome(1.0, 1.0, converged=False), 64, 100, 1e-5)
     assert known.passes == math.inf
+
+
+def test_a_longer_warm_up_is_kept_while_passes_get_fewer() -> None:
+    known = Experience(32, math.inf)
+    known.learn(outcome(*[0.5] * 8, 0), 32, 100, 1e-5)
+    known.learn(outcome(*[0.4] * 5, 0), 64, 100, 1e-5)
+    assert known.warmup == 128 and not known.settled
+    known.learn(outcome(*[0.3] * 5, 0), 128, 100, 1e-5)
+    assert known.warmup == 64 and known.settled
 
 
 def test_what_rounding_leaves_is_learnt() -> None:
     known = Experience(32, math.inf)
-    known.learn(outcome(2e-6, 0), 32, 1e-5)
-    known.learn(outcome(3e-6, 0), 64, 1e-5)
+    known.learn(outcome(2e-6, 0), 32, 100, 1e-5)
+    known.learn(outcome(3e-6, 0), 64, 100, 1e-5)
     assert known.settled and known.warmup == 32 and known.floor == 6e-6
     torch.manual_seed(0)
     cell = nn.LSTMCell(8, 64)

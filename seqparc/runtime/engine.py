@@ -32,6 +32,8 @@ LONG = 32
 SLACK = 4.0
 #: A longer warm-up is worth having if it makes the first gap this many times smaller.
 WORTH = 4
+#: Or if all passes together take this many times fewer steps.
+CHEAPER = 1.1
 #: A gap that a longer warm-up does not make smaller is rounding if it is at most this many units, and is then taken for converged.
 FLOOR = 64
 #: Calls after which a shape that was better run sequentially is tried again.
@@ -64,15 +66,18 @@ class Experience:
     gap: float  # after the first pass, with half the warm-up
     settled: bool = False
     passes: float = 1
+    cost: float = math.inf  # in steps of a pass, with half the warm-up
     floor: float = 0.0
     calls: int = 0
 
-    def learn(self, outcome: Outcome, warmup: int, most: float) -> None:
-        """From a run that took more than one pass. `most`: the largest floor that is believed."""
+    def learn(self, outcome: Outcome, warmup: int, length: int, most: float) -> None:
+        """From a run of more than one pass over chunks of `length` steps. `most`: the largest floor that is believed."""
+        passes = outcome.passes if outcome.converged else math.inf
+        cost = passes * length + warmup
         if self.settled:
-            self.passes = outcome.passes if outcome.converged else math.inf
-        elif outcome.gaps[0] * WORTH <= self.gap:
-            self.warmup, self.gap = max(1, warmup) * 2, outcome.gaps[0]
+            self.passes = passes
+        elif outcome.gaps[0] * WORTH <= self.gap or cost * CHEAPER <= self.cost:
+            self.warmup, self.gap, self.cost = max(1, warmup) * 2, outcome.gaps[0], cost
         else:
             self.warmup, self.settled = max(1, warmup) // 2, True
             floor = max(self.gap, outcome.gaps[0])
@@ -161,7 +166,7 @@ class Engine:
 
         outcome = solve(Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem), cut)
         if not options.deterministic and options.warmup is None:
-            self._learn(shape, choice, outcome)
+            self._learn(shape, choice, cut.longest, outcome)
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
@@ -172,12 +177,12 @@ class Engine:
         )  # fmt: skip
         return outcome, stats
 
-    def _learn(self, shape: str, choice: Choice, outcome: Outcome) -> None:
+    def _learn(self, shape: str, choice: Choice, length: int, outcome: Outcome) -> None:
         known = self.experience.get(shape)
         if choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
             if known is None:
                 known = self.experience[shape] = Experience(choice.warmup, math.inf)
-            known.learn(outcome, choice.warmup, FLOOR * torch.finfo(self.plan.dtype).eps)
+            known.learn(outcome, choice.warmup, length, FLOOR * torch.finfo(self.plan.dtype).eps)
         elif known is not None and choice.strategy == "sequential":
             known.calls += 1
             if known.calls >= RETRY:
