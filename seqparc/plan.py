@@ -35,6 +35,7 @@ class Plan:
     structure: Any  # seqparc.passes.dependency.Structure
     attributes: dict[str, Callable[[], torch.Tensor]]  # tensors the cell was found to use, looked up anew at every call
     frozen: dict[str, torch.Tensor]  # attributes whose values the structure relies on
+    coarse: bool  # some of the cell is computed in 16 bits, by its dtypes or by autocast
     own_gradient: tuple[str, ...]  # where the cell cuts or replaces its own gradient, in words
     adjoint: Callable[[], Any]
     jacobian: Callable[[str, str], Program]  # (direction, update) -> the program that carries that update's matrices too

@@ -265,6 +265,29 @@ def test_half_precision_is_stored_and_float32_computed(name: str, dtype: torch.d
     assert rnn.stats.backend == "c"
 
 
+@pytest.mark.parametrize("name", ["GRU", "elementwise GRU", "layer norm GRU"])
+def test_autocast(name: str) -> None:
+    cell = cells.CELLS[name].make()
+    rnn = seqparc.compile(cell)
+    x = torch.randn(2, 200, cells.CELLS[name].inputs)
+    wanted = list(cell.parameters())
+    close_to = {"rtol": 5e-2, "atol": 5e-2}
+    plain = rnn(x)[0]
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            right = rnn.sequential(x)[0]  # and leaves cast weights in autocast's cache
+            y = rnn(x)[0]
+            inside = torch.autograd.grad(y.float().square().mean(), wanted, retain_graph=True)
+        torch.testing.assert_close(y, right, **close_to)
+        exact = torch.autograd.grad(right.float().square().mean(), wanted)
+        outside = torch.autograd.grad(y.float().square().mean(), wanted)
+        for mine, also, theirs in zip(outside, inside, exact, strict=True):
+            scale = float(theirs.abs().max())
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0.1 * scale)
+            torch.testing.assert_close(also, mine, rtol=0, atol=0.02 * scale)
+    torch.testing.assert_close(rnn(x)[0], plain, rtol=0, atol=0)  # nothing of it stays behind
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 1e-12])
 def test_small_gradients_are_as_exact_as_large_ones(scale: float) -> None:
     w = torch.full((8,), 0.97)

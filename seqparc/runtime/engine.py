@@ -54,6 +54,11 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def uncast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """No autocast meanwhile: a plan holds the casts that the cell was seen to make, and wants no others."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 @dataclass
 class Experience:
     """What earlier runs of one shape and direction have taught: the warm-up, whether a longer one would help, and the passes it takes.
@@ -313,7 +318,7 @@ class Solve(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, room = saved[:-n_state], saved[-n_state:]
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        with torch.no_grad():
+        with torch.no_grad(), uncast(room[0].device.type):
             before = [r[:, :-1] for r in room]
             g_states = [
                 _unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(grads[:n_state], before, strict=True)

@@ -217,7 +217,7 @@ class CompiledRNN(nn.Module):
         cell = self.cell if step is None else step
         key = (
             convention, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple((tuple(s.shape[1:]), s.dtype) for s in start),
-            leaves[0].device.type, self.training,
+            leaves[0].device.type, self.training, torch.is_autocast_enabled(leaves[0].device.type),
         )  # fmt: skip
         engine = self._engines.get(key)
         if isinstance(engine, Engine) and engine.plan.stale():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqparc.plan import StateShape
-from seqparc.runtime.engine import Engine, Solve
+from seqparc.runtime.engine import Engine, Solve, uncast
 
 
 class Run(NamedTuple):
@@ -21,6 +21,10 @@ class Run(NamedTuple):
 
 def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable."""
+    device = x[0].device.type
+    if torch.is_autocast_enabled(device):
+        with uncast(device):
+            return run(engine, x, start)
     plan = engine.plan
     batch, steps = x[0].shape[:2]
     values: dict[Any, Any] = {("batch",): batch * steps}
