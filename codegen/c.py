@@ -10,7 +10,6 @@ The generated text is meant to be read: see `CKernel.source`.
 from __future__ import annotations
 
 import importlib.resources
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,28 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqparc import ir
+from seqparc.codegen.pack import ROWS, Packed, pack
 from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, schedule
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 
 Ints = NDArray[np.integer[Any]]
 
-#: Rows of a contraction computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
-ROWS = 6
 #: Row blocks of one contraction that are written out; more become a loop over rows.
 MOST_BLOCKS = 8
 #: Operations of a scalar program from which on the code for a second vector per tile is not worth compiling.
 MUCH_CODE = 130
 #: Bytes of stack one thread may use for a tile.
 STACK_LIMIT = 2_000_000
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight in the order its contraction reads it: elements `index` of parameter `slot` (-1: zero), [lanes or 1, numbers]."""
-
-    slot: int
-    index: ir.Index
 
 
 @dataclass(frozen=True)
@@ -50,16 +40,6 @@ class CSource:
     packed: tuple[Packed, ...]
     scalar: bool
     width: int  # vectors per tile
-
-
-@dataclass
-class _Block:
-    """Consecutive rows of a contraction that read the same elements of its vector operand."""
-
-    first: int
-    rows: int
-    columns: Ints
-    offset: int  # in the packed weight
 
 
 @dataclass
@@ -269,7 +249,7 @@ class _Printer:
         comment = f"  // {v.src.file.rsplit('/', 1)[-1]}:{v.src.line}" if v.src else ""
         if not (isinstance(v.a, ir.Leaf) and v.a.kind == "param"):
             return self.contract_values(v, comment)
-        blocks, weight = _pack(v)
+        blocks, weight = pack(v)
         if len(blocks) > MOST_BLOCKS:  # rows that all read something else: one loop over rows, addresses from a table
             blocks, weight = [], v.ia.array.reshape(-1)
         leaf = np.asarray(v.a.index.array)
@@ -352,35 +332,6 @@ class _Printer:
             f"  EACH a{out}[e][u] = acc[u];",
             "}",
         ]
-
-
-def _pack(v: ir.Contract) -> tuple[list[_Block], Ints]:
-    """Row blocks of a contraction with a weight, and the weight's elements in the order they are read."""
-    ia, ib = v.ia.array, v.ib.array
-    if (ib < 0).any() or not (ib == ib[:1]).all():
-        # Rows that read different elements: if they share most of them, give every row all of them with zero weights.
-        union = np.unique(ib[ib >= 0])
-        if len(union) <= 4 * ib.shape[1] or len({r.tobytes() for r in ib}) > len(ib) // 2:
-            column = np.zeros(int(union.max(initial=0)) + 1, np.int32)
-            column[union] = np.arange(len(union))
-            wide = np.full((len(ib), len(union)), -1, np.int32)
-            rows, cols = np.nonzero(ib >= 0)
-            target = column[ib[rows, cols]]
-            if len(np.unique(rows * len(union) + target)) != len(rows):
-                raise TooIrregularError("a row that reads one element twice")
-            wide[rows, target] = ia[rows, cols]
-            ia, ib = wide, np.broadcast_to(union.astype(np.int32), wide.shape)
-    starts = np.concatenate([[0], np.flatnonzero((np.diff(ib, axis=0) != 0).any(1)) + 1, [len(ib)]])
-    blocks, pieces, offset = [], [], 0
-    for first, stop in itertools.pairwise(starts.tolist()):
-        rows = stop - first
-        padded = -(-rows // ROWS) * ROWS
-        block = np.full((padded, ib.shape[1]), -1, np.int32)
-        block[:rows] = ia[first:stop]
-        pieces.append(block.reshape(-1, ROWS, ib.shape[1]).transpose(0, 2, 1).reshape(-1))
-        blocks.append(_Block(first, rows, np.maximum(ib[first], 0).astype(np.int32), offset))
-        offset += block.size
-    return blocks, np.concatenate(pieces)
 
 
 def _width(p: _Printer) -> int:
