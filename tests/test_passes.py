@@ -311,6 +311,25 @@ def test_the_gap_is_relative_to_what_was_lately(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["c", "torch"])
 @pytest.mark.parametrize("name", ["elementwise GRU", "GRU"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_kernel_leads_up_to_its_chunks(name: str, backend: str, backwards: bool) -> None:
+    p = plan(name)
+    kernel = {"c": CKernel, "torch": TorchKernel}[backend](p.program, torch.float64)
+    n, t0, length, lead = sum(p.program.state_sizes), np.array([0, 5, 12]), np.array([5, 7, 8]), np.array([0, 4, 9])
+    _, streams, params = inputs_of(p.program, 2)
+    streams, weights = [torch.randn(2, 20, x.shape[-1], dtype=torch.float64) for x in streams], kernel.prepare(params)
+    start, nothing = torch.randn(3, 2, n, dtype=torch.float64), [None] * len(p.program.emit_sizes)
+    reached = torch.zeros_like(start)
+    end = kernel.sweep(t0, length, start, streams, weights, nothing, [], backwards, lead, reached)
+    for c in range(3):
+        one = slice(c, c + 1)
+        before = kernel.sweep(t0[one] - lead[one], lead[one], start[one], streams, weights, nothing, [], backwards)
+        torch.testing.assert_close(reached[one], before)
+        torch.testing.assert_close(end[one], kernel.sweep(t0[one], length[one], before, streams, weights, nothing, [], backwards))
+
+
+@pytest.mark.parametrize("backend", ["c", "torch"])
+@pytest.mark.parametrize("name", ["elementwise GRU", "GRU"])
 def test_a_kernel_says_how_large_the_state_was_lately(name: str, backend: str) -> None:
     p = plan(name)
     kernel = {"c": CKernel, "torch": TorchKernel}[backend](p.program, torch.float64)
