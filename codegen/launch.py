@@ -14,6 +14,7 @@ from torch import Tensor
 from seqparc.codegen.build import load
 from seqparc.codegen.c import CSource, emit
 from seqparc.ir import Program
+from seqparc.spans import Spans
 
 
 class CKernel:
@@ -49,36 +50,33 @@ class CKernel:
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Parameters as the kernel reads them; once per call."""
-        flat = [p.reshape(-1) for p in params]
-        packed = []
+        given = [p if p.is_contiguous() else p.contiguous() for p in params]
         for about, index, holes in zip(self.compiled.packed, self._pack_index, self._holes, strict=True):
-            weight = flat[about.slot].index_select(0, index.clamp_min(0))
-            packed.append(weight.masked_fill_(index < 0, 0) if holes else weight)
-        return [*(p.contiguous() for p in flat), *packed]
+            weight = given[about.slot].view(-1).index_select(0, index.clamp_min(0))
+            given.append(weight.masked_fill_(index < 0, 0) if holes else weight)
+        return given
 
     def sweep(
         self,
-        t0: np.ndarray,
-        length: np.ndarray,
+        spans: Spans,
         start: Tensor,
         streams: Sequence[Tensor],
         params: Sequence[Tensor],
         emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None],
         backwards: bool = False,
-        lead: np.ndarray | None = None,
         reached: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, batch, row = start.shape
-        t0, length = np.ascontiguousarray(t0, np.int64), np.ascontiguousarray(length, np.int64)
-        start = start.contiguous()
-        lead = None if lead is None else np.ascontiguousarray(lead, np.int64)
-        end = torch.empty_like(start)
+        apart, *within = start.stride()  # one state for all chunks is 0 apart
+        if within != [row, 1]:
+            start, apart = start.contiguous(), batch * row
+        end = torch.empty(start.shape, dtype=start.dtype)
         args: list[int] = [
-            chunks, batch, torch.get_num_threads(), _address(t0), _address(length), 0 if lead is None else _address(lead),
-            start.data_ptr(), 0 if reached is None else reached.data_ptr(), end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row,
+            chunks, batch, torch.get_num_threads(), *spans.addresses, start.data_ptr(), 0 if reached is None else reached.data_ptr(),
+            end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row, apart,
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[int, int, int]:
@@ -97,15 +95,11 @@ class CKernel:
         self._run(packed.buffer_info()[0])
         return end
 
-    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""
-        chunks, numbers = start.shape[0], start[0].numel()
-        most, worst = np.empty(numbers), np.empty(chunks - 1)
-        largest = self._gap(
-            start.data_ptr(), end.data_ptr(), sizes.data_ptr(), chunks, numbers, atol, rtol, _address(most), _address(worst)
-        )
-        return largest, worst
-
-
-def _address(a: np.ndarray) -> int:
-    return int(a.__array_interface__["data"][0])
+        chunks, batch, row = start.shape
+        numbers = batch * row
+        room = torch.empty(numbers + chunks - 1, dtype=torch.float64)
+        most = room.data_ptr()
+        largest = self._gap(start.data_ptr(), end.data_ptr(), sizes.data_ptr(), chunks, numbers, atol, rtol, most, most + 8 * numbers)
+        return largest, room[numbers:]

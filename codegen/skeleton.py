@@ -122,7 +122,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     params = sorted({v.slot for v in ir.leaves(program.outputs, "param")})
     emits = sorted({s.slot for s in program.emits})
     sum_slots = sorted({s.slot for s in program.sums})
-    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "sizes", "row"]
+    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "sizes", "row", "start_c"]
     unpack: list[str] = []
 
     def argument(name: str, ctype: str = "int64_t") -> None:
@@ -167,7 +167,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
     out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=width)]
-    main = ["const int64_t chunks = args[0], batch = args[1], row = args[10];"]
+    main = ["const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
     main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];"]
     main += ["const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];", *unpack]
@@ -197,7 +197,8 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             main.append(f"for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) p[{number}][u][l] = p{leaf.slot}[{at}];")
     main += ["#define G(l) " + ("lane_g[l]" if p.scalar else "g")]
     for (name, size), (at, lane) in zip(states, rows, strict=True):
-        main.append(f"vf {name}[{size}][U_MOST]; {_for(size)}EACH {name}[{_i(size)}][u] = sp_gather(start + {at}, {lane} + u * W);")
+        gather = f"for (int l = 0; l < W; l++) {name}[{_i(size)}][u][l] = start[{at} + {lane}[u * W + l] - lane_x[u * W + l]];"
+        main.append(f"vf {name}[{size}][U_MOST]; {_for(size)}EACH {gather}")
     for name, size in sums:
         main.append(f"vf {name}[{size}][U_MOST]; for (int64_t i = 0; i < {size}; i++) EACH {name}[i][u] = sp_set1(0);")
     for name, size in states:
@@ -255,7 +256,8 @@ def _lanes(p: _Printer) -> list[str]:
     """Which chunk, sample and lane of the program each lane of the tile is. Lanes past the last repeat it: they do and
     write the same as their double, so nothing is masked."""
     lanes = p.program.lanes
-    lines = ["int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];"]
+    names = ("lane_c", "lane_b", "lane_r", "lane_x", "begin", "length")
+    lines = ["int64_t " + ", ".join(f"{name}[U_MOST * W]" for name in names) + ";"]
     if p.scalar:
         lines += [
             "int64_t lane_g[U_MOST * W];",
@@ -278,6 +280,7 @@ def _lanes(p: _Printer) -> list[str]:
         ]
     lines += [
         "  lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;",
+        "  lane_x[u * W + l] = cb / batch * (batch * row - start_c);  // the start state may be one for all chunks",
         "}",
     ]
     return lines

@@ -36,7 +36,7 @@ Ints = NDArray[np.integer[Any]]
 class Emitted:
     """A gradient the adjoint program emits: its emit slot, and which element of the target each number is [lanes, size].
 
-    `direct`: the emit slot has the target's own layout. Otherwise its numbers are [lanes, size] and are added up.
+    `direct`: the slot has the target's own layout. Otherwise its numbers are [lanes, size] and are added up.
     """
 
     slot: int
@@ -206,9 +206,10 @@ def adjoint(program: Program) -> Adjoint:
     for slot in range(len(program.param_sizes)):
         columns, total = _collect([v for v in found if v.kind == "param" and v.slot == slot], mode)
         if total is not None:
-            numbers = Index(np.arange(columns.size).reshape(columns.shape))
-            sums.append(Store(len(sum_sizes), numbers, total))
-            params.append(Emitted(len(sum_sizes), slot, Index(columns), False))
+            direct = np.array_equal(np.sort(columns.reshape(-1)), np.arange(program.param_sizes[slot]))
+            numbers = columns if direct else np.arange(columns.size).reshape(columns.shape)
+            sums.append(Store(len(sum_sizes), Index(numbers), total))
+            params.append(Emitted(len(sum_sizes), slot, Index(columns), direct))
             sum_sizes.append(columns.size)
 
     outers: list[Outer] = []

@@ -17,6 +17,7 @@ Values are immutable and interned: two equal values are one object, so common su
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -303,6 +304,12 @@ class Program:
     def n(self) -> int:
         """State numbers in one lane."""
         return sum(v.size for v in self.state)
+
+    @functools.cached_property
+    def filled(self) -> tuple[float, ...]:
+        """How much of each emit slot is written: 1 is all of it, 0 nothing."""
+        written = [sum(s.index.array.size for s in self.emits if s.slot == slot) for slot in range(len(self.emit_sizes))]
+        return tuple(w / max(size, 1) for w, size in zip(written, self.emit_sizes, strict=True))
 
     @property
     def outputs(self) -> tuple[Value, ...]:

@@ -47,8 +47,10 @@ class Plan:
 
     def stale(self) -> bool:
         """Whether a tensor the cell uses has another shape or dtype now, or a constant other values."""
-        if any((t := get()).shape != shape or t.dtype != dtype for get, shape, dtype in self._known):
-            return True
+        for get, shape, dtype in self._known:
+            t = get()
+            if t.shape != shape or t.dtype != dtype:
+                return True
         return any((t := self.attributes[name]()).requires_grad or not torch.equal(t, v) for name, v in self.frozen.items())
 
     @functools.cached_property

@@ -13,6 +13,7 @@ import ctypes, mmap, sys
 import numpy as np
 import torch
 from seqparc.codegen.launch import CKernel
+from seqparc.spans import Spans
 from tests.test_passes import plan
 
 PAGE = mmap.PAGESIZE
@@ -52,11 +53,13 @@ for program in (p.program, p.adjoint().program):
                 emits = [guarded(batch, steps, s, at_end=at_end) if i in written else None for i, s in enumerate(program.emit_sizes)]
                 sums = [guarded(chunks, batch, s, at_end=at_end) for s in program.sum_sizes]
                 lead = np.minimum(t0, warmup)
-                kernel.sweep(t0, length, states[0], streams, params, emits, sums, backwards, lead, states[1], states[2])
+                kernel.sweep(Spans(t0, length, lead), states[0], streams, params, emits, sums, backwards, states[1], states[2])
                 kernel.gap(states[0], states[3], states[2], 0.0, 1.0)
-                kernel.sweep(t0, length * 0, states[0], streams, params, no_emits, no_sums, backwards, lead, states[1])
+                kernel.sweep(Spans(t0, length, lead).before, states[0], streams, params, no_emits, no_sums, backwards, states[1])
+                same = states[0][:1].expand(chunks, batch, n)
+                kernel.sweep(Spans(t0, length), same, streams, params, emits, sums, backwards)
                 some = np.unique([0, chunks - 1])
-                kernel.sweep(t0[some], length[some], states[0][: len(some)], streams, params, emits, no_sums, backwards)
+                kernel.sweep(Spans(t0[some], length[some]), states[0][: len(some)], streams, params, emits, no_sums, backwards)
 print("untouched")
 """
 

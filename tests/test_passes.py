@@ -17,8 +17,9 @@ from seqparc.ops import ATEN, OPS
 from seqparc.options import Options
 from seqparc.passes import dependency, derivative, lanes, partial, simplify, strategy
 from seqparc.plan import Plan
-from seqparc.runtime.driver import _scan, cut_evenly
+from seqparc.runtime.driver import _scan
 from seqparc.runtime.interpreter import TorchKernel
+from seqparc.spans import Spans, cut_evenly
 
 from .cells import CELLS
 
@@ -152,7 +153,7 @@ def run(program: ir.Program, state: Tensor, streams: list[Tensor], params: list[
     kernel = TorchKernel(program, torch.float64)
     emits = [torch.zeros(len(state), 1, n, dtype=torch.float64) for n in program.emit_sizes]
     sums = [None] * len(program.sum_sizes)
-    end = kernel.sweep(np.zeros(1, np.int64), np.ones(1, np.int64), state[None], streams, kernel.prepare(params), emits, sums)
+    end = kernel.sweep(Spans(np.zeros(1, np.int64), np.ones(1, np.int64)), state[None], streams, kernel.prepare(params), emits, sums)
     return end[0], emits
 
 
@@ -272,7 +273,8 @@ def test_strategy_says_why() -> None:
 @pytest.mark.parametrize("chunks", [1, 2, 7, 64])
 def test_chunks_cover_time(steps: int, chunks: int) -> None:
     chunks = min(chunks, steps)
-    t0, length = cut_evenly(steps, chunks)
+    cut = cut_evenly(steps, chunks)
+    t0, length = cut.t0, cut.length
     assert t0[0] == 0 and t0[-1] + length[-1] == steps and (t0[1:] == t0[:-1] + length[:-1]).all()
     assert length.max() - length.min() <= 1 and length[-1] == length.max()  # no chunk reads past the end
 
@@ -320,12 +322,13 @@ def test_a_kernel_leads_up_to_its_chunks(name: str, backend: str, backwards: boo
     streams, weights = [torch.randn(2, 20, x.shape[-1], dtype=torch.float64) for x in streams], kernel.prepare(params)
     start, nothing = torch.randn(3, 2, n, dtype=torch.float64), [None] * len(p.program.emit_sizes)
     reached = torch.zeros_like(start)
-    end = kernel.sweep(t0, length, start, streams, weights, nothing, [], backwards, lead, reached)
+    end = kernel.sweep(Spans(t0, length, lead), start, streams, weights, nothing, [], backwards, reached)
     for c in range(3):
         one = slice(c, c + 1)
-        before = kernel.sweep(t0[one] - lead[one], lead[one], start[one], streams, weights, nothing, [], backwards)
+        before = kernel.sweep(Spans(t0[one] - lead[one], lead[one]), start[one], streams, weights, nothing, [], backwards)
         torch.testing.assert_close(reached[one], before)
-        torch.testing.assert_close(end[one], kernel.sweep(t0[one], length[one], before, streams, weights, nothing, [], backwards))
+        after = kernel.sweep(Spans(t0[one], length[one]), before, streams, weights, nothing, [], backwards)
+        torch.testing.assert_close(end[one], after)
 
 
 @pytest.mark.parametrize("backend", ["c", "torch"])
@@ -339,7 +342,7 @@ def test_a_kernel_says_how_large_the_state_was_lately(name: str, backend: str) -
     states = [torch.zeros(2, steps, size, dtype=torch.float64) for size in p.program.emit_sizes]
     start = torch.randn(2, 2, n, dtype=torch.float64) * 5
     sizes = torch.empty_like(start)
-    kernel.sweep(t0, length, start, streams, kernel.prepare(params), states, [], sizes=sizes)
+    kernel.sweep(Spans(t0, length), start, streams, kernel.prepare(params), states, [], sizes=sizes)
     for c, count in enumerate(length.tolist()):
         seen = [start[c], *torch.cat(states, -1)[:, t0[c] : t0[c] + count].unbind(1)]
         right = torch.stack([s.abs() / 2 ** (len(seen) - 1 - k) for k, s in enumerate(seen)]).amax(0)

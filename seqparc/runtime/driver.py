@@ -9,17 +9,17 @@ so the sequential kernel can finish from there at any time, and does when the pa
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seqparc.errors import ConvergenceError
+from seqparc.spans import Spans
 
 #: Times the tolerance at which a gap counts as near: Newton's last step took it there, and the next would only stir the rounding.
 NEAR = 64
@@ -40,19 +40,18 @@ class Kernel(Protocol):
         """Parameters as `sweep` wants them."""
 
     def sweep(
-        self, t0: np.ndarray, length: np.ndarray, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor],
-        emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool, lead: np.ndarray | None = None,
-        reached: Tensor | None = None, sizes: Tensor | None = None,
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None], backwards: bool, reached: Tensor | None = None, sizes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run chunk c over steps t0[c] … t0[c] + length[c] - 1 from start[c]; returns the end states.
+        """Run every chunk over its span from its start state; returns the end states.
 
-        start, end [chunks, batch, state numbers]; streams and emits [batch, time, numbers] with a unit last stride, written
-        in place; sums [chunks, batch, numbers], overwritten. A None is not written. `backwards`: step t is the tensors'
-        step time - 1 - t. With `lead`, chunk c first runs the lead[c] steps before t0[c], which write nothing but the states they
-        reach, `reached`. `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
+        start, end [chunks, batch, state numbers], start possibly one state expanded; streams and emits [batch, time, numbers] with a
+        unit last stride, written in place; sums [chunks, batch, numbers], overwritten. A None is not written. `backwards`: step
+        t is the tensors' step time - 1 - t. The steps that lead up to a chunk write nothing but the states they reach, `reached`.
+        `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
         """
 
-    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """How far the start states of chunks 1 … are from the end states of those before them: the largest of all, and [chunks - 1].
 
         In units of atol · most + rtol · size, where size is how large the number was lately, and most the largest size in this chunk and
@@ -65,9 +64,7 @@ class Kernel(Protocol):
 class Cut:
     """How a run is cut: chunk boundaries, warm-up steps, the update, and when to stop."""
 
-    t0: np.ndarray
-    length: np.ndarray
-    warmup: int = 0
+    spans: Spans  # led up to by the warm-up
     updates: tuple[str, ...] = ("none",)  # the first is made until the gap falls too slowly, then the next
     atol: float = 0.0
     rtol: float = 0.0
@@ -79,11 +76,6 @@ class Cut:
     def spent(self, passes: int) -> bool:
         """Whether no more passes are allowed."""
         return self.max_passes is not None and passes >= self.max_passes
-
-    @property
-    def longest(self) -> int:
-        """Steps of the longest chunk, the last: lengths differ by rounding, which falls towards the end."""
-        return int(self.length[-1])
 
 
 @dataclass
@@ -117,57 +109,42 @@ class Outcome:
         return self.gaps[-1] if self.gaps else 0.0
 
 
-@functools.lru_cache(256)
-def cut_evenly(steps: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk starts and lengths that differ by at most one step."""
-    edges = np.arange(chunks + 1, dtype=np.int64) * steps // chunks
-    return edges[:-1].copy(), np.diff(edges)
-
-
-@functools.lru_cache(256)
-def _before(steps: int, chunks: int, warmup: int) -> np.ndarray:
-    """How many steps lead up to every chunk; none to the first, whose start is given."""
-    return np.minimum(cut_evenly(steps, chunks)[0], warmup)
-
-
 def solve(p: Problem, cut: Cut) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""
-    chunks = len(cut.t0)
+    spans, chunks = cut.spans, len(cut.spans)
     batch = p.start.shape[0]
+    shape = chunks, *p.start.shape
     params = p.kernel.prepare(p.params)
     sums = [p.start.new_empty(chunks, batch, n) for n in p.sum_sizes]
 
-    def sweep(which: np.ndarray, start: Tensor, lead: np.ndarray | None = None, reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run some chunks, outputs and all: their end states, and how large the state was lately."""
-        sizes, part = torch.empty_like(start), sums
-        if len(which) != chunks:
-            part = [z.new_empty(len(which), *z.shape[1:]) for z in sums]
-        end = p.kernel.sweep(
-            cut.t0[which], cut.length[which], start, p.streams, params, p.emits, part, p.backwards, lead, reached, sizes
-        )  # fmt: skip
-        if len(which) != chunks:
+    def sweep(which: np.ndarray, start: Tensor, reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run some chunks, outputs and all: their end states, and how large the state was lately. `reached`: warm up first."""
+        some = len(which) != chunks
+        part = [z.new_empty(len(which), *z.shape[1:]) for z in sums] if some else sums
+        picked = spans if reached is not None or (spans.lead is None and not some) else spans.pick(which)
+        sizes = start.new_empty(start.shape)
+        end = p.kernel.sweep(picked, start, p.streams, params, p.emits, part, p.backwards, reached, sizes)
+        if some:
             at = torch.from_numpy(which).to(start.device)
             for z, new in zip(sums, part, strict=True):
                 z[at] = new
         return end, sizes
 
-    active = np.arange(chunks)
+    active = spans.every
     if chunks == 1:
         return Outcome(sweep(active, p.start[None])[0][0], sums)
 
-    start = p.start.expand(chunks, *p.start.shape).contiguous()
+    guess = p.start.expand(shape)
+    start = guess.contiguous() if spans.lead is None else p.start.new_empty(shape)
     outcome = Outcome(p.start, sums)
     updates = list(cut.updates)
     newton = _newton(p, chunks, updates.pop(0))
     since = 0  # passes before this update
-    warm: tuple[Any, ...] = ()
-    if cut.warmup:
-        guess, start = start, torch.empty_like(start)
-        warm = _before(p.steps, chunks, cut.warmup), start
-        if newton is not None:  # whose Jacobians begin where the warm-up ends
-            nothing = [None] * len(p.emits)
-            p.kernel.sweep(cut.t0, cut.t0 * 0, guess, p.streams, params, nothing, [None] * len(sums), p.backwards, *warm)
-            warm = ()
+    warm = spans.lead is not None
+    if warm and newton is not None:  # whose Jacobians begin where the warm-up ends
+        nothing = [None] * len(p.emits)
+        p.kernel.sweep(spans.before, guess, p.streams, params, nothing, [None] * len(sums), p.backwards, start)
+        warm = False
     end = sizes = start  # until the first sweep
     near = False
     while True:
@@ -178,7 +155,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         if correct is not None:
             correct.run(cut, active, start[active])
         if len(active) == chunks:
-            (end, sizes), warm = sweep(active, guess if warm else start, *warm), ()
+            (end, sizes), warm = sweep(active, guess, start) if warm else sweep(active, start), False
         else:
             end[active], sizes[active] = sweep(active, start[active])
         scale, rtol = (sizes, cut.rtol) if newton is None else (newton.remembered(sizes), cut.rtol * cut.slack)
@@ -188,17 +165,18 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         outcome.update = newton.kind if newton is not None else "none"
         if not largest > 1:
             break
-        moved = np.flatnonzero(worst > 1)
+        moved = np.flatnonzero(worst.numpy() > 1)
         first_moved = int(moved[0])
         target = end
         if correct is not None:
             target = correct.update(start, end)
-            moved = np.flatnonzero((p.kernel.gap(start, target, scale, cut.atol, rtol)[1] > 1) | (worst > 1))
+            again = p.kernel.gap(start, target, scale, cut.atol, rtol)[1]
+            moved = np.flatnonzero(torch.fmax(again, worst).numpy() > 1)
         start[1:][moved] = target[moved]
         active = moved + 1
         why = _give_up(outcome, cut, first_moved, chunks, p, since)
         if why is not None and updates and not cut.spent(outcome.passes):  # before giving up: what forgets less
-            newton, why, active = _newton(p, chunks, updates.pop(0)), None, np.arange(chunks)
+            newton, why, active = _newton(p, chunks, updates.pop(0)), None, spans.every
             since = outcome.passes
         if why is not None:
             outcome.converged, outcome.fallback = False, why
@@ -217,8 +195,8 @@ def solve(p: Problem, cut: Cut) -> Outcome:
 def _finish(p: Problem, cut: Cut, params: Sequence[Tensor], outcome: Outcome, first: int, start: Tensor) -> Outcome:
     """Run sequentially from chunk `first`, whose start state is the end of what is consistent before it."""
     tail = [z.new_empty(1, *z.shape[1:]) for z in outcome.sums]
-    t0 = cut.t0[first : first + 1]
-    end = p.kernel.sweep(t0, p.steps - t0, start[None], p.streams, params, p.emits, tail, p.backwards)
+    t0 = cut.spans.t0[first : first + 1]
+    end = p.kernel.sweep(Spans(t0, p.steps - t0), start[None], p.streams, params, p.emits, tail, p.backwards)
     outcome.end = end[0]
     outcome.sums = [torch.cat((z[:first], rest)) for z, rest in zip(outcome.sums, tail, strict=True)]
     return outcome
@@ -228,9 +206,9 @@ def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Probl
     """Why the sequential kernel should finish, or None while the passes are expected to pay."""
     if cut.spent(outcome.passes):
         return f"max_passes={cut.max_passes} reached"
-    left = p.steps - int(cut.t0[first_moved + 1])
+    left = p.steps - int(cut.spans.t0[first_moved + 1])
     # One pass costs about this many steps of the sequential kernel.
-    cost = cut.longest * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
+    cost = cut.spans.longest * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
     gaps = outcome.gaps[since:]
     remaining: float = 1
     if cut.patient:
@@ -272,7 +250,7 @@ class _Newton:
         wide = torch.cat((start, self.eye.expand(*start.shape[:2], -1)), -1)
         nothing = [None] * len(self.p.emits)
         end = self.kernel.sweep(
-            cut.t0[active], cut.length[active], wide, self.p.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
+            cut.spans.pick(active), wide, self.p.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
         )
         a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.groups, self.n, self.n)
         self.a[torch.from_numpy(active).to(start.device)] = a

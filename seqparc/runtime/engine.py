@@ -20,7 +20,8 @@ from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
-from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, cut_evenly, solve
+from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
+from seqparc.spans import cut_evenly
 
 #: A start state has converged when it moves by at most this many rounding units, by chunk length. A state that remembers M steps holds the
 #: rounding of M steps, about sqrt(M) units, and the jumps of M / length chunks: a jump of half of sqrt(length) adds half as much.
@@ -39,6 +40,8 @@ FLOOR = 64
 #: Calls after which a shape that was better run sequentially is tried again.
 RETRY = 100
 
+#: Direction, batch, and how many bits the number of steps has: what experience is shared by.
+Shape = tuple[str, int, int]
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
 
 
@@ -96,8 +99,8 @@ class Engine:
         self.plan, self.options, self.choose = plan, options, choose
         self.backends = list(backends)
         self.kernels: dict[str, tuple[str, Kernel]] = {}
-        self.experience: dict[str, Experience] = {}
-        self._decided: dict[Any, tuple[Choice, Cut, str]] = {}
+        self.experience: dict[Shape, Experience] = {}
+        self._decided: dict[Any, tuple[Choice, Cut, Shape]] = {}
         self._begun: dict[str, tuple[str, Future[Kernel]]] = {}
         self.stats = Stats()
         self.compile_seconds = plan.compile_seconds
@@ -131,24 +134,24 @@ class Engine:
             self._begun["backward"] = name, worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
             worker.shutdown(wait=False)
 
-    def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int) -> tuple[Choice, Cut, str]:
+    def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int) -> tuple[Choice, Cut, Shape]:
         """How to run, the cut that follows from it, and the key that a better warm-up is remembered under."""
         plan, options = self.plan, self.options
         best = kernel.chunks_wanted(batch)
-        shape = f"{direction} {batch} {steps.bit_length()}"
+        shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape)
         warmup, passes, floor = (None, 1, 0.0) if known is None else (known.warmup, known.passes, known.floor)
         key = direction, batch, steps, best, warmup, passes, floor
-        if key not in self._decided:
+        decided = self._decided.get(key)
+        if decided is None:
             choice: Choice = self.choose(
                 options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup,
                 passes=passes,
             )  # fmt: skip
-            t0, length = cut_evenly(steps, choice.chunks)
             eps = torch.finfo(plan.dtype).eps
             unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
             cut = Cut(
-                t0, length, choice.warmup, choice.updates,
+                cut_evenly(steps, choice.chunks, choice.warmup if choice.chunks > 1 else 0), choice.updates,
                 atol=eps**2 if options.atol is None else options.atol, rtol=max(unit, floor) if options.rtol is None else options.rtol,
                 slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
                 max_passes=options.max_passes, on_divergence=options.on_divergence,
@@ -156,8 +159,8 @@ class Engine:
             )  # fmt: skip
             if len(self._decided) > 256:
                 self._decided.clear()
-            self._decided[key] = choice, cut, shape
-        return self._decided[key]
+            decided = self._decided[key] = choice, cut, shape
+        return decided
 
     def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Outcome, Stats]:
         """Run one recurrence: decide, cut, solve, remember."""
@@ -171,18 +174,18 @@ class Engine:
 
         outcome = solve(Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem), cut)
         if not options.deterministic and options.warmup is None:
-            self._learn(shape, choice, cut.longest, outcome)
+            self._learn(shape, choice, cut.spans.longest, outcome)
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
         stats = Stats(
-            backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.longest, warmup=choice.warmup,
+            backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.spans.longest, warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
             fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
         )  # fmt: skip
         return outcome, stats
 
-    def _learn(self, shape: str, choice: Choice, length: int, outcome: Outcome) -> None:
+    def _learn(self, shape: Shape, choice: Choice, length: int, outcome: Outcome) -> None:
         known = self.experience.get(shape)
         if choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
             if known is None:
@@ -200,7 +203,7 @@ class Engine:
     ) -> Tensor:
         """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state."""
         outcome, self.stats = self.solve(
-            "forward", self.plan.program, start[0] if len(start) == 1 else torch.cat(list(start), -1), steps,
+            "forward", self.plan.program, _whole(start), steps,
             streams=streams, params=params, emits=emits,
         )  # fmt: skip
         return outcome.end
@@ -216,16 +219,11 @@ class Engine:
         adjoint = plan.adjoint()
         program = adjoint.program
         batch, steps = before[0].shape[:2]
-        written = {s.slot for s in program.emits}
         n_streams = len(streams)
-        emits: list[Tensor | None] = []
-        for slot, size in enumerate(program.emit_sizes):
-            if slot not in written:
-                emits.append(None)
-                continue
-            covered = sum(s.index.array.size for s in program.emits if s.slot == slot) == size
-            make = g_last.new_empty if covered else g_last.new_zeros
-            emits.append(make(batch, steps, size))
+        emits: list[Tensor | None] = [
+            (g_last.new_empty if filled == 1 else g_last.new_zeros)(batch, steps, size) if filled else None
+            for filled, size in zip(program.filled, program.emit_sizes, strict=True)
+        ]
         outcome, stats = self.solve(
             "backward", program, g_last, steps, streams=[*streams, *before, *g_states],
             params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
@@ -242,8 +240,9 @@ class Engine:
         g_params: list[Tensor | None] = [None] * len(params)
         for e in adjoint.params:
             total = outcome.sums[e.slot].sum((0, 1))
-            flat = total.new_zeros(params[e.target].numel()).index_add_(0, _flat(e.columns), total)
-            g_params[e.target] = _plus(g_params[e.target], flat)
+            if not e.direct:
+                total = total.new_zeros(params[e.target].numel()).index_add_(0, _flat(e.columns), total)
+            g_params[e.target] = _plus(g_params[e.target], total)
         for o in adjoint.outers:
             g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, [*streams, *before], params))
         return outcome.end, g_streams, g_params
@@ -306,11 +305,7 @@ class Solve(torch.autograd.Function):
         end = engine.forward(start, streams, params, states, steps)
         ctx.engine, ctx.counts = engine, counts
         ctx.save_for_backward(*tensors, *room)
-        last, at = [], 0
-        for s in start:
-            last.append(end[:, at : at + s.shape[1]])
-            at += s.shape[1]
-        return (*states, *last)
+        return (*states, *parts(end, start))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -318,22 +313,26 @@ class Solve(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, room = saved[:-n_state], saved[-n_state:]
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        with torch.no_grad(), uncast(room[0].device.type):
+        with uncast(room[0].device.type), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             before = [r[:, :-1] for r in room]
             g_states = [
                 _unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(grads[:n_state], before, strict=True)
             ]
-            g_last = torch.cat(
-                [g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)], -1
-            )
+            g_last = _whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
             g_start, g_streams, g_params = ctx.engine.backward(before, streams, params, g_states, g_last)
-            parts, at = [], 0
-            for s in start:
-                parts.append(g_start[:, at : at + s.shape[1]])
-                at += s.shape[1]
-            shaped = [None if g is None else g.reshape(p.shape) for g, p in zip(g_params, params, strict=True)]
-        results = (None, None, None, *parts, *g_streams, *shaped)
+            shaped = [None if g is None else g.view(p.shape) for g, p in zip(g_params, params, strict=True)]
+            results = (None, None, None, *parts(g_start, start), *g_streams, *shaped)
         return once(results, tensors) if torch.is_grad_enabled() else results
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """The state as one row per sample, from what it is per slot."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+
+
+def parts(whole: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What rows of a whole state are per slot, each slot as wide as in `like`."""
+    return (whole,) if len(like) == 1 else whole.split_with_sizes([s.shape[1] for s in like], -1)
 
 
 def _unit(g: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from seqparc import ir
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
+from seqparc.spans import Spans
 
 
 class TorchKernel:
@@ -49,22 +50,21 @@ class TorchKernel:
 
     def sweep(
         self,
-        t0: np.ndarray,
-        length: np.ndarray,
+        spans: Spans,
         start: Tensor,
         streams: Sequence[Tensor],
         params: Sequence[Tensor],
         emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None],
         backwards: bool = False,
-        lead: np.ndarray | None = None,
         reached: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
+        t0, length, lead = spans.t0, spans.length, spans.lead
         if lead is not None and reached is not None:
             nothing: list[Any] = [None]
-            start = self.sweep(t0 - lead, lead, start, streams, params, nothing * len(emits), nothing * len(sums), backwards)
+            start = self.sweep(Spans(t0 - lead, lead), start, streams, params, nothing * len(emits), nothing * len(sums), backwards)
             reached.copy_(start)
         state = start.clone()
         begin = torch.from_numpy(np.ascontiguousarray(t0, np.int64)).to(start.device)
@@ -107,14 +107,14 @@ class TorchKernel:
                 z.copy_(total)
         return state
 
-    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, np.ndarray]:
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""
         start, end = start[1:], end[:-1]
         size = torch.fmax(torch.fmax(start.abs(), end.abs()), sizes[:-1])
         most = torch.where(size.isfinite(), size, 0.0).cummax(0).values
         move = (end - start).abs_().div_(size.mul_(rtol).add_(most.mul_(atol))).nan_to_num_(nan=math.inf)
         move.masked_fill_((end == start) | (end.isnan() & start.isnan()), 0.0)
-        worst = move.flatten(1).amax(1).cpu().numpy()
+        worst = move.flatten(1).amax(1).cpu()
         return float(worst.max()), worst
 
     def evaluate(self, state: Tensor, streams: Sequence[Tensor], fixed: dict[ir.Leaf, Tensor]) -> dict[Value, Tensor]:

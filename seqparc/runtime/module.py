@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,29 @@ from seqparc.runtime.run import run
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
 TOOLS: dict[str, Callable[..., Any]] = {}
+
+
+class Call(NamedTuple):
+    """A call, understood: leaves of x, how the cell is called, leaves of the state to start from, and what an engine depends on."""
+
+    leaves: list[Tensor]
+    convention: sig.Convention
+    start: list[Tensor]
+    about: tuple[Any, ...]
+
+
+class Known(NamedTuple):
+    """What calls alike have in common; the start state only if it is the same in all of them."""
+
+    convention: sig.Convention
+    start: list[Tensor] | None
+    about: tuple[Any, ...]
+
+
+def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What an engine depends on, the type of device first: of tensors, all but the values and the batch and time axes."""
+    shapes = [*[(v.shape[2:], v.dtype) for v in leaves], *[(s.shape[1:], s.dtype) for s in start]]
+    return leaves[0].device.type, convention, len(leaves), *shapes
 
 
 class CompiledRNN(nn.Module):
@@ -42,7 +65,7 @@ class CompiledRNN(nn.Module):
 
     def _forget(self) -> None:
         """Drop everything that is remade at the next call."""
-        self._understood: dict[Any, tuple[sig.Convention, list[Tensor] | None]] = {}
+        self._understood: dict[Any, Known] = {}
         self._first: tuple[Tensor, ...] = ()  # the first parameter, which stands for where the cell is and its dtype
         self._engines: dict[Any, Engine | str] = {}
         self._last: Engine | Stats = Stats()
@@ -78,8 +101,9 @@ class CompiledRNN(nn.Module):
         """
         if lengths is not None or reset is not None:
             raise SeqparcError("lengths= and reset= are not supported yet; pad, run, and mask the outputs")
-        leaves, convention, start = self.understand(x, state)
-        engine = self._engine(convention, leaves, start)
+        call = self._call(x, state)
+        leaves, convention, start, _ = call
+        engine = self._engine(call)
         if isinstance(engine, str):
             outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
@@ -119,8 +143,7 @@ class CompiledRNN(nn.Module):
     def engine(self, x: Any = None, state: Any = None) -> Engine | str | None:
         """The engine for the shapes of x, made if need be; of the last call if x is None. A string says why there is none."""
         if x is not None:
-            leaves, convention, start = self.understand(x, state)
-            return self._engine(convention, leaves, start)
+            return self._engine(self._call(x, state))
         return self._last if isinstance(self._last, Engine) else self._last.fallback
 
     def kernels(self) -> dict[tuple[str, str], str]:
@@ -151,26 +174,27 @@ class CompiledRNN(nn.Module):
 
     def understand(self, x: Any, state: Any = None) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
         """Leaves of x, how the cell is called, leaves of the state to start from. Raises ShapeError, StateError, SignatureError."""
+        call = self._call(x, state)
+        return call.leaves, call.convention, call.start
+
+    def _call(self, x: Any, state: Any) -> Call:
         leaves, structure = sig.flatten(x)
         given = None if state is None else sig.flatten(state)
         parameter = self._first[0] if self._first else None
         about = (
-            structure, tuple((v.shape[0], v.shape[2:], v.dtype, v.device) for v in leaves),
-            None if given is None else (given[1], tuple((s.shape, s.dtype, s.device) for s in given[0])),
+            structure, *[(v.shape[0], v.shape[2:], v.dtype, v.device) for v in leaves],
+            None if given is None else (given[1], *[(s.shape, s.dtype, s.device) for s in given[0]]),
             None if parameter is None else (parameter.dtype, parameter.device),
         )  # fmt: skip
         known = self._understood.get(about)
-        if known is not None and len({v.shape[1] for v in leaves}) == 1 and leaves[0].shape[1]:
-            convention, start = known
-            if given is not None:
-                start = given[0]
-            if start is not None:
-                return leaves, convention, start
+        if known is not None:
+            steps = leaves[0].shape[1]
+            start = known.start if given is None else given[0]
+            if start is not None and steps and (len(leaves) == 1 or all(v.shape[1] == steps for v in leaves)):
+                return Call(leaves, known.convention, start, known.about)
         return self._understand(about, leaves, structure, state)
 
-    def _understand(
-        self, about: Any, leaves: list[Tensor], structure: sig.Structure, state: Any
-    ) -> tuple[list[Tensor], sig.Convention, list[Tensor]]:
+    def _understand(self, about: Any, leaves: list[Tensor], structure: sig.Structure, state: Any) -> Call:
         """The same, at length; what can be reused is remembered for calls like this one."""
         if not leaves:
             raise ShapeError("x holds no tensor; give [batch, time, ...]")
@@ -195,11 +219,11 @@ class CompiledRNN(nn.Module):
             if leaf.device != leaves[0].device:
                 raise ShapeError(f"the state's leaf {i} is on {leaf.device}, x on {leaves[0].device}")
         known = self._understood.get(about)
-        convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known[0]
+        convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known.convention
         keep = fixed and not any(t.requires_grad for t in start)
         self._first = tuple(itertools.islice(self.parameters(), 1))
-        self._understood[about] = convention, start if keep else None
-        return leaves, convention, start
+        self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start))
+        return Call(leaves, convention, start, self._understood[about].about)
 
     def _check_place(self, leaves: Sequence[Tensor]) -> None:
         parameter = next(self.parameters(), None)
@@ -212,22 +236,19 @@ class CompiledRNN(nn.Module):
             if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled("cpu"):
                 raise ShapeError(f"x is {wrong}, the cell's parameters are {parameter.dtype}; convert one with .to(dtype)")
 
-    def _engine(self, convention: sig.Convention, leaves: list[Tensor], start: list[Tensor], step: Any = None) -> Engine | str:
+    def _engine(self, call: Call, step: Any = None) -> Engine | str:
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
-        cell = self.cell if step is None else step
-        key = (
-            convention, tuple((tuple(v.shape[2:]), v.dtype) for v in leaves), tuple((tuple(s.shape[1:]), s.dtype) for s in start),
-            leaves[0].device.type, self.training, torch.is_autocast_enabled(leaves[0].device.type),
-        )  # fmt: skip
+        key = call.about, self.training, torch.is_autocast_enabled(call.about[0])
         engine = self._engines.get(key)
         if isinstance(engine, Engine) and engine.plan.stale():
             engine = None
         if engine is None:
-            x_t = [v[:, 0] for v in leaves]
+            cell = self.cell if step is None else step
+            convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
             try:
                 with uncollected():
                     plan = TOOLS["compile_plan"](cell, convention, x_t, start)
-                    engine = Engine(plan, TOOLS["backends"](self.options.backend, leaves[0].device), self.options, TOOLS["choose"])
+                    engine = Engine(plan, TOOLS["backends"](self.options.backend, x_t[0].device), self.options, TOOLS["choose"])
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
@@ -250,7 +271,7 @@ class CompiledRNN(nn.Module):
 
         def adjoint(given: list[Tensor], mu: list[Tensor]) -> Engine:
             step = TOOLS["adjoint_step"](self.cell, convention, len(x), [s.dtype.is_floating_point for s in start])
-            found = self._engine(step.signature, given, mu, step)
+            found = self._engine(Call(given, step.signature, mu, about_call(step.signature, given, mu)), step)
             if isinstance(found, str):
                 raise UnsupportedOpError(f"the gradient of {self.name}, which is its own, cannot be compiled: {found}")
             return found

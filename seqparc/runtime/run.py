@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqparc.plan import StateShape
-from seqparc.runtime.engine import Engine, Solve, uncast
+from seqparc.runtime.engine import Engine, Solve, parts, uncast
 
 
 class Run(NamedTuple):
@@ -54,7 +54,7 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     else:
         flat_states = [s.new_empty(batch, steps, s.shape[1]) for s in flat]
         end = engine.forward(flat, streams, params, flat_states, steps)
-        flat_last = [end] if len(flat) == 1 else end.split_with_sizes([s.shape[1] for s in flat], -1)
+        flat_last = parts(end, flat)
     states = [_shaped(y, s, batch, steps) for y, s in zip(flat_states, plan.states, strict=True)]
     last = [_shaped(e, s, batch) for e, s in zip(flat_last, plan.states, strict=True)]
     if plan.readout is None:

@@ -64,28 +64,29 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 
 // One tile: U vectors of W lanes.
 INLINE void tile(const int64_t* args, int64_t block, const int U) {
-  const int64_t chunks = args[0], batch = args[1], row = args[10];
+  const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];
   const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];
   real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];
   const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];
-  real* const x0 = (real* const)args[11];
-  const int64_t x0_b = args[12];
-  const int64_t x0_t = args[13];
-  real* const p0 = (real* const)args[14];
-  real* const w0 = (real* const)args[15];
-  real* const y0 = (real* const)args[16];
-  const int64_t y0_b = args[17];
-  const int64_t y0_t = args[18];
-  int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
+  real* const x0 = (real* const)args[12];
+  const int64_t x0_b = args[13];
+  const int64_t x0_t = args[14];
+  real* const p0 = (real* const)args[15];
+  real* const w0 = (real* const)args[16];
+  real* const y0 = (real* const)args[17];
+  const int64_t y0_b = args[18];
+  const int64_t y0_t = args[19];
+  int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], lane_x[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
   const int64_t per = (chunks * batch + U * W - 1) / (U * W), g = block / per; (void)g;
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) {
     int64_t cb = block % per * U * W + u * W + l; if (cb >= chunks * batch) cb = chunks * batch - 1;
     lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;
+    lane_x[u * W + l] = cb / batch * (batch * row - start_c);  // the start state may be one for all chunks
   }
   int64_t x0_o[U_MOST * W];
   int64_t y0_o[U_MOST * W];
 #define G(l) g
-  vf s0[20][U_MOST]; for (int64_t i = 0; i < 20; i++) EACH s0[i][u] = sp_gather(start + i, lane_r + u * W);
+  vf s0[20][U_MOST]; for (int64_t i = 0; i < 20; i++) EACH for (int l = 0; l < W; l++) s0[i][u][l] = start[i + lane_r[u * W + l] - lane_x[u * W + l]];
   vf m_s0[20][U_MOST]; for (int64_t i = 0; i < 20; i++) EACH m_s0[i][u] = sp_abs(s0[i][u]);
   vf a0[26][U_MOST];
   vf l0[20][U_MOST];

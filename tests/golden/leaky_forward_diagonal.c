@@ -64,21 +64,21 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 
 // One tile: U vectors of W lanes.
 INLINE void tile(const int64_t* args, int64_t block, const int U) {
-  const int64_t chunks = args[0], batch = args[1], row = args[10];
+  const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];
   const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];
   real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];
   const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];
-  real* const x0 = (real* const)args[11];
-  const int64_t x0_b = args[12];
-  const int64_t x0_t = args[13];
-  real* const x1 = (real* const)args[14];
-  const int64_t x1_b = args[15];
-  const int64_t x1_t = args[16];
-  real* const p0 = (real* const)args[17];
-  real* const y0 = (real* const)args[18];
-  const int64_t y0_b = args[19];
-  const int64_t y0_t = args[20];
-  int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
+  real* const x0 = (real* const)args[12];
+  const int64_t x0_b = args[13];
+  const int64_t x0_t = args[14];
+  real* const x1 = (real* const)args[15];
+  const int64_t x1_b = args[16];
+  const int64_t x1_t = args[17];
+  real* const p0 = (real* const)args[18];
+  real* const y0 = (real* const)args[19];
+  const int64_t y0_b = args[20];
+  const int64_t y0_t = args[21];
+  int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], lane_x[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
   int64_t lane_g[U_MOST * W];
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) {
 #if SIDE_BY_SIDE
@@ -91,6 +91,7 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
     const int64_t cb = v / 12; lane_g[u * W + l] = v % 12;
 #endif
     lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;
+    lane_x[u * W + l] = cb / batch * (batch * row - start_c);  // the start state may be one for all chunks
   }
   int64_t o0[U_MOST * W];
   int64_t o1[U_MOST * W];
@@ -100,8 +101,8 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
   vf p[1][U_MOST];
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) p[0][u][l] = p0[lane_g[u * W + l]];
 #define G(l) lane_g[l]
-  vf s0[1][U_MOST]; EACH s0[0][u] = sp_gather(start + 0, o3 + u * W);
-  vf s1[1][U_MOST]; EACH s1[0][u] = sp_gather(start + 12, o3 + u * W);
+  vf s0[1][U_MOST]; EACH for (int l = 0; l < W; l++) s0[0][u][l] = start[0 + o3[u * W + l] - lane_x[u * W + l]];
+  vf s1[1][U_MOST]; EACH for (int l = 0; l < W; l++) s1[0][u][l] = start[12 + o3[u * W + l] - lane_x[u * W + l]];
   vf m_s0[1][U_MOST]; EACH m_s0[0][u] = sp_abs(s0[0][u]);
   vf m_s1[1][U_MOST]; EACH m_s1[0][u] = sp_abs(s1[0][u]);
   vf n0[1][U_MOST];

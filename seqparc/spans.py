@@ -1,0 +1,57 @@
+"""Stretches of time that chunks run over, as kernels are given them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Chunk c runs steps t0[c] … t0[c] + length[c] - 1, after the lead[c] steps before those; int64 each, one number per chunk."""
+
+    t0: np.ndarray
+    length: np.ndarray
+    lead: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.t0)
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the three lie in memory, 0 for no lead: asked for at every call, and slow to find out."""
+        return _address(self.t0), _address(self.length), 0 if self.lead is None else _address(self.lead)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Steps of the longest chunk."""
+        return int(self.length.max())
+
+    @functools.cached_property
+    def every(self) -> np.ndarray:
+        """The numbers of all chunks."""
+        return np.arange(len(self))
+
+    def pick(self, which: np.ndarray) -> Spans:
+        """Some of the chunks, with nothing before them."""
+        return Spans(self.t0[which], self.length[which])
+
+    @functools.cached_property
+    def before(self) -> Spans:
+        """The steps that lead up to the chunks, and none of their own."""
+        return Spans(self.t0, np.zeros_like(self.length), self.lead)
+
+
+@functools.lru_cache(256)
+def cut_evenly(steps: int, chunks: int, warmup: int = 0) -> Spans:
+    """Chunks whose lengths differ by at most one step, led up to by `warmup` steps or as many as there are; the first by none."""
+    edges = np.arange(chunks + 1, dtype=np.int64) * steps // chunks
+    t0 = edges[:-1].copy()
+    return Spans(t0, np.diff(edges), np.minimum(t0, warmup) if warmup else None)
+
+
+def _address(a: np.ndarray) -> int:
+    assert a.dtype == np.int64 and a.flags.c_contiguous
+    return int(a.__array_interface__["data"][0])
