@@ -31,7 +31,7 @@ class CKernel:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None
         sizes: list[Any] = [number, number, ctypes.c_double, ctypes.c_double]
-        self._gap.argtypes, self._gap.restype = [pointer, pointer, pointer, *sizes, pointer, pointer], ctypes.c_double
+        self._gap.argtypes, self._gap.restype = [pointer, pointer, pointer, *sizes, pointer], ctypes.c_double
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
         self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
@@ -69,11 +69,11 @@ class CKernel:
         sizes: Tensor | None = None,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
-        chunks, batch, row = start.shape
-        apart, *within = start.stride()  # one state for all chunks is 0 apart
-        if within != [row, 1]:
-            start, apart = start.contiguous(), batch * row
-        end = torch.empty(start.shape, dtype=start.dtype)
+        chunks, (batch, row) = len(spans), start.shape[-2:]
+        if not start.is_contiguous():
+            start = start.contiguous()
+        apart = batch * row if start.dim() == 3 else 0
+        end = start.new_empty((chunks, batch, row))
         args: list[int] = [
             chunks, batch, torch.get_num_threads(), *spans.addresses, start.data_ptr(), 0 if reached is None else reached.data_ptr(),
             end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row, apart,
@@ -98,8 +98,8 @@ class CKernel:
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""
         chunks, batch, row = start.shape
-        numbers = batch * row
-        room = torch.empty(numbers + chunks - 1, dtype=torch.float64)
-        most = room.data_ptr()
-        largest = self._gap(start.data_ptr(), end.data_ptr(), sizes.data_ptr(), chunks, numbers, atol, rtol, most, most + 8 * numbers)
-        return largest, room[numbers:]
+        worst = torch.empty(chunks - 1, dtype=torch.float64)
+        largest = self._gap(
+            start.data_ptr(), end.data_ptr(), sizes.data_ptr(), chunks, batch * row, atol, rtol, worst.data_ptr()
+        )  # fmt: skip
+        return largest, worst

@@ -121,7 +121,7 @@ def _addressable(value: Value) -> bool:
 
 def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:
     """A target as runs (first element, source, the source's elements) within which every gather reads one source."""
-    parts = _segments(value, stored, {})
+    parts = segments(value, stored, {})
     starts = np.concatenate([[0], np.flatnonzero(np.diff(parts)) + 1]).astype(int)
     if len(starts) > MOST_PIECES:
         raise TooIrregularError(f"a value of {value.size} elements falls into {len(starts)} pieces")
@@ -129,7 +129,7 @@ def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:
     return [(int(i), value, np.arange(i, j, dtype=np.int32)) for i, j in zip(starts, stops, strict=True)]
 
 
-def _segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints:
+def segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints:
     """A number per element; elements of equal number read the same sources all the way down to what is stored."""
     if value in done:
         return done[value]
@@ -137,12 +137,12 @@ def _segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints
     if value.size > 1 and value not in stored:
         match value:
             case ir.Map(operands=operands):
-                parts = _combine([_segments(a, stored, done) for a in operands])
+                parts = _combine([segments(a, stored, done) for a in operands])
             case ir.Gather(sources=sources, which=which, index=index):
                 inner: Ints = np.zeros(value.size, np.int64)
                 for j, source in enumerate(sources):
                     at = which.array == j
-                    inner[at] = _segments(source, stored, done)[index.array[at]]
+                    inner[at] = segments(source, stored, done)[index.array[at]]
                 parts = _combine([which.array.astype(np.int64), inner])
     done[value] = parts
     return parts

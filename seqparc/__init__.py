@@ -40,17 +40,23 @@ def _validate(*args: Any) -> Any:
     return validate(*args)
 
 
-def _backends(asked: str, device: torch.device) -> list[tuple[str, Any]]:
+def _backends(options: Options, device: torch.device) -> list[tuple[str, Any]]:
     """Backends to try, in order."""
     from seqparc.codegen.launch import CKernel
     from seqparc.runtime.interpreter import TorchKernel
 
-    if asked == "triton":
-        raise SeqparcError("the triton backend is not there yet; choose backend='torch' on a GPU")
+    asked = options.backend
     if asked == "c" and device.type != "cpu":
         raise ShapeError(f"backend='c' runs on the CPU, x is on {device}")
-    c = [] if asked == "torch" or device.type != "cpu" else [("c", lambda program, dtype, where: CKernel(program, dtype))]
-    return [*c, ("torch", TorchKernel)]
+
+    def triton(program: Any, dtype: torch.dtype, where: torch.device) -> Any:
+        from seqparc.codegen.gpulaunch import TritonKernel
+
+        return TritonKernel(program, dtype, where, options.precision)
+
+    made = {"c": lambda program, dtype, where: CKernel(program, dtype), "triton": triton, "torch": TorchKernel}
+    first = asked if asked != "auto" else {"cpu": "c", "cuda": "triton"}.get(device.type, "torch")
+    return [(name, made[name]) for name in dict.fromkeys((first, "torch"))]
 
 
 def compile(

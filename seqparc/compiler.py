@@ -30,8 +30,11 @@ from seqparc.verify import verify
 BATCH_SIZES = (3, 5)
 
 
-def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> Plan:
-    """Compile a cell for the shapes and dtypes of one step's inputs x [batch, ...] and states [batch, ...]."""
+def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], fold: bool = True) -> Plan:
+    """Compile a cell for the shapes and dtypes of one step's inputs x [batch, ...] and states [batch, ...].
+
+    fold: narrow inputs are multiplied inside the recurrence, which saves memory traffic and costs arithmetic.
+    """
     from seqparc.passes import dependency, derivative, diagonal, lanes
 
     begin = time.perf_counter()
@@ -42,7 +45,7 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
     program = lanes.split_lanes(lowered.program, structure)  # -> Program of one lane
     scalar = lanes.scalarise(program)  # -> Program over single numbers, or None
-    if scalar is None and program.lanes == 1:
+    if fold and scalar is None and program.lanes == 1:
         lowered = lower(graph, fold=True)  # -> Lowered: with narrow inputs' products inside
         program = lanes.split_lanes(lowered.program, structure)
     chosen = scalar or program

@@ -41,6 +41,12 @@ class Op:
     cost: int = 1
 
     @property
+    def gpu(self) -> str:
+        """The Triton spelling: as in C where C needs no function, else the function of the row's name in codegen/gpumath.py."""
+        operands = ", ".join(f"{{{i}}}" for i in range(self.arity))
+        return f"m.{self.name}({operands})" if "sp_" in self.c else self.c
+
+    @property
     def domains(self) -> tuple[Interval, ...]:
         return self.domain or (_ANY,) * self.arity
 

@@ -21,6 +21,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.errors import TraceError
+from seqparc.fused import FUSED
 from seqparc.ir import Source
 
 aten = torch.ops.aten
@@ -201,6 +202,9 @@ class _Recorder(TorchDispatchMode):
                 f"{user_source() or 'the cell'} makes a Python decision or a shape out of a tensor's value ({name}). seqparc follows "
                 "one path for all steps and samples: use torch.where(condition, a, b) in place of an if."
             )
+        if name in FUSED:
+            with self:
+                return FUSED[name](*args, **kwargs)
         if name == "aten.detach.default" or (name == "aten.alias.default"):
             result = func(*args, **kwargs)
             self.define(result, self.read(args[0]))

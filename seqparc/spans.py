@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,6 +16,7 @@ class Spans:
     t0: np.ndarray
     length: np.ndarray
     lead: np.ndarray | None = None
+    _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.t0)
@@ -33,6 +35,13 @@ class Spans:
     def every(self) -> np.ndarray:
         """The numbers of all chunks."""
         return np.arange(len(self))
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The three as rows of one tensor on a device, zeros for no lead."""
+        if device not in self._copies:
+            lead = np.zeros_like(self.t0) if self.lead is None else self.lead
+            self._copies[device] = torch.from_numpy(np.stack((self.t0, self.length, lead))).to(device)
+        return self._copies[device]
 
     def pick(self, which: np.ndarray) -> Spans:
         """Some of the chunks, with nothing before them."""

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from seqparc.errors import SeqparcWarning
 from seqparc.options import environment
 
@@ -24,7 +22,12 @@ def folder() -> Path:
     """The folder of compiled kernels: private to the user, or a temporary one, said once, if that cannot be had."""
     global _private
     asked = environment("SEQPARC_CACHE")
-    found = Path(asked) if asked else Path(platformdirs.user_cache_dir("seqparc"))
+    if asked:
+        found = Path(asked)
+    else:
+        import platformdirs  # only where nothing was asked for
+
+        found = Path(platformdirs.user_cache_dir("seqparc"))
     try:
         found.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = found.stat()

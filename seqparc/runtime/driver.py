@@ -45,10 +45,10 @@ class Kernel(Protocol):
     ) -> Tensor:  # fmt: skip
         """Run every chunk over its span from its start state; returns the end states.
 
-        start, end [chunks, batch, state numbers], start possibly one state expanded; streams and emits [batch, time, numbers] with a
-        unit last stride, written in place; sums [chunks, batch, numbers], overwritten. A None is not written. `backwards`: step
-        t is the tensors' step time - 1 - t. The steps that lead up to a chunk write nothing but the states they reach, `reached`.
-        `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
+        start, end [chunks, batch, state numbers], or start [batch, state numbers] for all chunks; streams and emits [batch, time,
+        numbers] with a unit last stride, written in place; sums [chunks, batch, numbers], overwritten. A None is not written.
+        `backwards`: step t is the tensors' step time - 1 - t. The steps that lead up to a chunk write nothing but the states they
+        reach, `reached`. `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
         """
 
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
@@ -122,7 +122,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         some = len(which) != chunks
         part = [z.new_empty(len(which), *z.shape[1:]) for z in sums] if some else sums
         picked = spans if reached is not None or (spans.lead is None and not some) else spans.pick(which)
-        sizes = start.new_empty(start.shape)
+        sizes = p.start.new_empty(shape if not some else (len(which), *shape[1:]))
         end = p.kernel.sweep(picked, start, p.streams, params, p.emits, part, p.backwards, reached, sizes)
         if some:
             at = torch.from_numpy(which).to(start.device)
@@ -132,10 +132,11 @@ def solve(p: Problem, cut: Cut) -> Outcome:
 
     active = spans.every
     if chunks == 1:
-        return Outcome(sweep(active, p.start[None])[0][0], sums)
+        return Outcome(sweep(active, p.start)[0].select(0, 0), sums)
 
-    guess = p.start.expand(shape)
-    start = guess.contiguous() if spans.lead is None else p.start.new_empty(shape)
+    start = p.start.new_empty(shape)
+    if spans.lead is None:
+        start.copy_(p.start)
     outcome = Outcome(p.start, sums)
     updates = list(cut.updates)
     newton = _newton(p, chunks, updates.pop(0))
@@ -143,7 +144,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     warm = spans.lead is not None
     if warm and newton is not None:  # whose Jacobians begin where the warm-up ends
         nothing = [None] * len(p.emits)
-        p.kernel.sweep(spans.before, guess, p.streams, params, nothing, [None] * len(sums), p.backwards, start)
+        p.kernel.sweep(spans.before, p.start, p.streams, params, nothing, [None] * len(sums), p.backwards, start)
         warm = False
     end = sizes = start  # until the first sweep
     near = False
@@ -155,7 +156,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         if correct is not None:
             correct.run(cut, active, start[active])
         if len(active) == chunks:
-            (end, sizes), warm = sweep(active, guess, start) if warm else sweep(active, start), False
+            (end, sizes), warm = sweep(active, p.start, start) if warm else sweep(active, start), False
         else:
             end[active], sizes[active] = sweep(active, start[active])
         scale, rtol = (sizes, cut.rtol) if newton is None else (newton.remembered(sizes), cut.rtol * cut.slack)
@@ -188,7 +189,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
                     gap=outcome.gap,
                 )
             return _finish(p, cut, params, outcome, first_moved + 1, end[first_moved])
-    outcome.end = end[-1]
+    outcome.end = end.select(0, -1)
     return outcome
 
 

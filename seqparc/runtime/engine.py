@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,8 @@ class Engine:
         self.experience: dict[Shape, Experience] = {}
         self._decided: dict[Any, tuple[Choice, Cut, Shape]] = {}
         self._begun: dict[str, tuple[str, Future[Kernel]]] = {}
-        self.stats = Stats()
+        self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
+        self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
 
     def kernel(self, direction: str, program: Program, device: torch.device) -> tuple[str, Kernel]:
@@ -162,28 +164,41 @@ class Engine:
             decided = self._decided[key] = choice, cut, shape
         return decided
 
-    def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Outcome, Stats]:
+    def correction(self, direction: str, device: torch.device, update: str) -> tuple[Kernel, np.ndarray]:
+        """See `seqparc.runtime.driver.Problem`."""
+        made = self.kernel(f"{direction} {update}", self.plan.jacobian(direction, update), device)[1]
+        return made, self.plan.place if update == "exact" else self.plan.place.reshape(-1, 1)
+
+    def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> Outcome:
         """Run one recurrence: decide, cut, solve, remember."""
-        plan, options = self.plan, self.options
-        name, kernel = self.kernel(direction, program, start.device)
+        options = self.options
+        name, kernel = self.kernels.get(direction) or self.kernel(direction, program, start.device)
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
-
-        def correction(update: str) -> tuple[Kernel, np.ndarray]:
-            made = self.kernel(f"{direction} {update}", plan.jacobian(direction, update), start.device)[1]
-            return made, plan.place if update == "exact" else plan.place.reshape(-1, 1)
-
+        correction = functools.partial(self.correction, direction, start.device)
         outcome = solve(Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem), cut)
         if not options.deterministic and options.warmup is None:
             self._learn(shape, choice, cut.spans.longest, outcome)
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
-        stats = Stats(
+        self.last[direction] = name, choice, cut, outcome
+        return outcome
+
+    @property
+    def stats(self) -> Stats:
+        """What the last call did, in words made only when asked for."""
+        forward, backward = (self._told(direction) for direction in ("forward", "backward"))
+        return Stats() if forward is None else replace(forward, backward=self.own or backward)
+
+    def _told(self, direction: str) -> Stats | None:
+        if direction not in self.last:
+            return None
+        name, choice, cut, outcome = self.last[direction]
+        return Stats(
             backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.spans.longest, warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
             fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
         )  # fmt: skip
-        return outcome, stats
 
     def _learn(self, shape: Shape, choice: Choice, length: int, outcome: Outcome) -> None:
         known = self.experience.get(shape)
@@ -202,7 +217,8 @@ class Engine:
         self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor], steps: int
     ) -> Tensor:
         """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state."""
-        outcome, self.stats = self.solve(
+        self.last.pop("backward", None)
+        outcome = self.solve(
             "forward", self.plan.program, _whole(start), steps,
             streams=streams, params=params, emits=emits,
         )  # fmt: skip
@@ -224,24 +240,23 @@ class Engine:
             (g_last.new_empty if filled == 1 else g_last.new_zeros)(batch, steps, size) if filled else None
             for filled, size in zip(program.filled, program.emit_sizes, strict=True)
         ]
-        outcome, stats = self.solve(
+        outcome = self.solve(
             "backward", program, g_last, steps, streams=[*streams, *before, *g_states],
             params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
         )  # fmt: skip
-        self.stats.backward, self.stats.compile_seconds = stats, self.compile_seconds
         g_streams: list[Tensor | None] = [None] * n_streams
         for e in adjoint.streams:
             out = emits[e.slot]
             assert out is not None
             if not e.direct:
                 wide = out.new_zeros(batch, steps, streams[e.target].shape[-1])
-                out = wide.index_add_(-1, _flat(e.columns), out)
+                out = wide.index_add_(-1, _flat(e.columns, out.device), out)
             g_streams[e.target] = out
         g_params: list[Tensor | None] = [None] * len(params)
         for e in adjoint.params:
             total = outcome.sums[e.slot].sum((0, 1))
             if not e.direct:
-                total = total.new_zeros(params[e.target].numel()).index_add_(0, _flat(e.columns), total)
+                total = total.new_zeros(params[e.target].numel()).index_add_(0, _flat(e.columns, total.device), total)
             g_params[e.target] = _plus(g_params[e.target], total)
         for o in adjoint.outers:
             g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, [*streams, *before], params))
@@ -261,7 +276,7 @@ class Engine:
             given = streams[-1 - o.x]
             x = given.reshape(d.shape[0], -1)
             if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
-                x = x.index_select(-1, _flat(o.columns))
+                x = x.index_select(-1, _flat(o.columns, x.device))
             x = x.reshape(d.shape[0], lanes, -1)
         if lanes == 1:
             m = (d[:, 0].t() @ x[:, 0])[None]
@@ -271,19 +286,20 @@ class Engine:
         if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
             picked = m
         else:
-            at = torch.from_numpy(np.maximum(ix, 0).astype(np.int64)).expand(lanes, -1, -1)
-            picked = m.gather(2, at)
+            at = _flat(o.ix, m.device).clamp_min(0).reshape(ix.shape)
+            picked = m.gather(2, at.expand(lanes, -1, -1))
         target = o.target.array.reshape(-1)
         size = params[o.param].numel()
         if np.array_equal(target, np.arange(size)):
             return picked.reshape(-1)
-        live = torch.from_numpy(np.flatnonzero(target >= 0))
-        to = torch.from_numpy(target[target >= 0].astype(np.int64))
-        return picked.new_zeros(size).index_add_(0, to, picked.reshape(-1).index_select(0, live))
+        to = _flat(o.target, picked.device)  # past the end is what is left out
+        return picked.new_zeros(size + 1).index_add_(0, torch.where(to < 0, size, to), picked.reshape(-1))[:size]
 
 
-def _flat(index: Any) -> Tensor:
-    return torch.from_numpy(index.array.reshape(-1).astype(np.int64))
+@functools.lru_cache(1024)
+def _flat(index: Any, device: torch.device) -> Tensor:
+    """An index of the plan as torch wants it."""
+    return torch.from_numpy(index.array.reshape(-1).astype(np.int64)).to(device)
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class TorchKernel:
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         t0, length, lead = spans.t0, spans.length, spans.lead
+        start = start.expand(len(spans), *start.shape[-2:])
         if lead is not None and reached is not None:
             nothing: list[Any] = [None]
             start = self.sweep(Spans(t0 - lead, lead), start, streams, params, nothing * len(emits), nothing * len(sums), backwards)

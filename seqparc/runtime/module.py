@@ -247,8 +247,9 @@ class CompiledRNN(nn.Module):
             convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
             try:
                 with uncollected():
-                    plan = TOOLS["compile_plan"](cell, convention, x_t, start)
-                    engine = Engine(plan, TOOLS["backends"](self.options.backend, x_t[0].device), self.options, TOOLS["choose"])
+                    backends = TOOLS["backends"](self.options, x_t[0].device)
+                    plan = TOOLS["compile_plan"](cell, convention, x_t, start, fold=backends[0][0] != "triton")
+                    engine = Engine(plan, backends, self.options, TOOLS["choose"])
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)

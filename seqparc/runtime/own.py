@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def _gradients(
     reverse = [t.flip(1) for t in given]
     engine = call.adjoint(reverse, mu)
     done = run(engine, reverse, mu)
-    call.engine.stats = replace(call.engine.stats, backward=engine.stats)
+    call.engine.own = engine.stats
     arriving = [before(m, r).flip(1) for m, r in zip(mu, done.states, strict=True)]  # at the state after each step
 
     flat_x = [t.flatten(0, 1).detach().requires_grad_(t.dtype.is_floating_point) for t in x]

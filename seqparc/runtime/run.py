@@ -39,7 +39,7 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
 
     weights = plan.weights.run(*map(value, plan.weights.inputs))
     if all(d is not None for d in plan.direct):
-        streams = [x[d].flatten(2) if x[d].dim() > 2 else x[d].unsqueeze(-1) for d in plan.direct if d is not None]
+        streams = [x[d] if x[d].dim() == 3 else x[d].reshape(batch, steps, -1) for d in plan.direct if d is not None]
     else:
         made = plan.prelude.run(*map(value, plan.prelude.inputs))
         values |= {("stream", i): s for i, s in enumerate(made)}

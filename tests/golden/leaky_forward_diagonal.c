@@ -157,11 +157,12 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
 
 // How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
 // size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
-// `numbers` of a whole batch, and as many in `most`.
+// `numbers` of a whole batch.
 double seqparc_gap(const real* start, const real* end, const real* sizes, int64_t chunks, int64_t numbers, double atol, double rtol,
-                   double* most, double* worst) {
-  double largest = 0;
-  for (int64_t i = 0; i < numbers; i++) most[i] = 0;
+                   double* worst) {
+  double largest = 0, few[64] = {0};
+  double* const most = numbers <= 64 ? few : (double*)__builtin_calloc(numbers, sizeof(double));
+  if (!most) return NAN;
   for (int64_t c = 1; c < chunks; c++) {
     double here = 0;
     for (int64_t i = 0; i < numbers; i++) {
@@ -175,6 +176,7 @@ double seqparc_gap(const real* start, const real* end, const real* sizes, int64_
     worst[c - 1] = here;
     if (here > largest) largest = here;
   }
+  if (most != few) __builtin_free(most);
   return largest;
 }
 

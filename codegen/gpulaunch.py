@@ -1,0 +1,158 @@
+"""A generated Triton kernel as a `Kernel` of the driver. Runs on a GPU, or on the CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqparc import store
+from seqparc.codegen.sweep import TritonSource, emit
+from seqparc.codegen.tiles import Weight, padded
+from seqparc.errors import ToolchainError
+from seqparc.ir import Program
+from seqparc.spans import Spans
+
+#: Lanes per program of a scalar kernel, and how many of them a multiprocessor is to be given.
+LANES, RESIDENT = 128, 512
+#: Lanes per program of a vector kernel, and elements of a tile per thread. More of either and the weights' share of the registers spills.
+ROWS, EACH = 8, 2
+
+#: What a product and a sum become together must not depend on Triton's version.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run as Python, by TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonKernel:
+    """Runs a lane program over chunks of time on a GPU.
+
+    Raises `ToolchainError` if there is no Triton, `TooIrregularError` if the program does not fit tiles.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "ieee") -> None:
+        if device.type != "cuda" and not interpreted():
+            raise ToolchainError(f"Triton kernels run on a GPU, x is on {device}; TRITON_INTERPRET=1 runs them as Python, very slowly")
+        self.program, self.dtype, self.device = program, dtype, device
+        self.compiled: TritonSource = emit(program, dtype is torch.float64, precision)
+        module, self.path = load(self.compiled.text)
+        self._run = module.sweep
+        self._tables = [torch.from_numpy(t.array.reshape(-1).astype(np.int32)).to(device) for t in self.compiled.tables]
+        self._weights = [_layout(w, device) for w in self.compiled.weights]
+        widest = max((padded(hi - lo) for _, lo, hi in self.compiled.step.state_tiles()), default=1)
+        self.block, self.warps = (LANES, 4) if self.compiled.scalar else (ROWS, max(1, min(16, ROWS * widest // (32 * EACH))))
+
+    @property
+    def source(self) -> str:
+        return self.compiled.text
+
+    def chunks_wanted(self, batch: int) -> int:
+        """See `seqparc.runtime.driver.Kernel`."""
+        lanes = self.program.lanes
+        if self.compiled.scalar:
+            return -(-_multiprocessors(self.device) * RESIDENT // (batch * lanes))
+        return -(-self.block * -(-_multiprocessors(self.device) // lanes) // batch)
+
+    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters as the kernel reads them, weights in tiles; once per call."""
+        given = [p if p.is_contiguous() else p.contiguous() for p in params]
+        for w, (index, holes) in zip(self.compiled.weights, self._weights, strict=True):
+            weight = given[w.slot].view(-1).index_select(0, index)
+            given.append(weight if holes is None else weight.masked_fill_(holes, 0))
+        return given
+
+    def sweep(
+        self,
+        spans: Spans,
+        start: Tensor,
+        streams: Sequence[Tensor],
+        params: Sequence[Tensor],
+        emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None],
+        backwards: bool = False,
+        reached: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
+        chunks, (batch, row) = len(spans), start.shape[-2:]
+        if not start.is_contiguous():
+            start = start.contiguous()
+        apart = batch * row if start.dim() == 3 else 0
+        end = start.new_empty((chunks, batch, row))
+        bounds = spans.on(start.device)
+        led = reached is not None and spans.lead is not None
+        args: list[Any] = [
+            bounds[0], bounds[1], bounds[2] if led else None, start, apart, reached if led else None, end, sizes, chunks, batch, row,
+            None, None, chunks, 0,
+        ]  # fmt: skip
+
+        def time(x: Tensor) -> tuple[Tensor, int, int]:
+            """The tensor and its strides; backwards in time is the last step's place and a negative stride."""
+            return (x[:, -1:], x.stride(0), -x.stride(1)) if backwards else (x, x.stride(0), x.stride(1))
+
+        for x in streams:
+            args += time(x)
+        args += params
+        for y in emits:
+            args += (None, 0, 0) if y is None else time(y)
+        args += [*sums, *self._tables]
+        lanes = chunks * batch
+        programs = -(-lanes * self.program.lanes // self.block) if self.compiled.scalar else -(-lanes // self.block) * self.program.lanes
+        self._run[(programs,)](*args, LEAD=led, SIZES=sizes is not None, FINISH=False, BLOCK=self.block, num_warps=self.warps, **OPTIONS)
+        return end
+
+    def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
+        """See `seqparc.runtime.driver.Kernel`."""
+        from seqparc.codegen.gpugap import gap
+
+        return gap(start, end, sizes, atol, rtol)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _layout(w: Weight, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where the elements of a weight's tile, padded, lie in the parameter; and which are zero."""
+    index = w.index.array
+    wide = np.full((index.shape[0], *(padded(n) for n in index.shape[1:])), -1, np.int64)
+    wide[:, : index.shape[1], : index.shape[2]] = index
+    flat = torch.from_numpy(wide.reshape(-1)).to(device)
+    return flat.clamp_min(0), (flat < 0) if bool((wide < 0).any()) else None
+
+
+def load(text: str) -> tuple[ModuleType, Path]:
+    """The module of a generated text, which Triton wants to read from a file, and where that lies."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ToolchainError("Triton is not installed; GPU kernels need it: pip install triton") from error
+    name = f"seqparc_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}{'_interpreted' if interpreted() else ''}"
+    path = store.folder() / f"{name}.py"
+    if name not in sys.modules:
+        if not path.exists() or path.read_text() != text:
+            made = path.with_suffix(f".{os.getpid()}")
+            made.write_text(text)
+            os.replace(made, path)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name], path

@@ -1,0 +1,36 @@
+"""Cells that PyTorch computes in one operation on a GPU, in the operations they are made of, so that one recording serves all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _gates(given: Tensor, recurrent: Tensor, b_given: Tensor | None, b_recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
+    return given if b_given is None else given + b_given, recurrent if b_recurrent is None else recurrent + b_recurrent
+
+
+def gru(
+    given: Tensor, recurrent: Tensor, h: Tensor, b_given: Tensor | None = None, b_recurrent: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The new state of a GRU from both products [batch, 3 units], gates in the order r, z, n; then what only backward would want."""
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = (g.chunk(3, 1) for g in _gates(given, recurrent, b_given, b_recurrent))
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return (h - n) * z + n, h
+
+
+def lstm(
+    given: Tensor, recurrent: Tensor, c: Tensor, b_given: Tensor | None = None, b_recurrent: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The new (h, c) of an LSTM from both products [batch, 4 units], gates in the order i, f, g, o."""
+    x, h = _gates(given, recurrent, b_given, b_recurrent)
+    i, f, g, o = (x + h).chunk(4, 1)
+    new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(new), new, c
+
+
+FUSED: dict[str, Callable[..., Any]] = {"aten._thnn_fused_gru_cell.default": gru, "aten._thnn_fused_lstm_cell.default": lstm}

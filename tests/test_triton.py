@@ -1,0 +1,72 @@
+"""Triton kernels, run by Triton's interpreter: every cell, both directions, against the plain loop and the torch backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import os, sys, warnings
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import numpy as np, torch
+import seqparc
+from tests.cells import CELLS
+
+warnings.simplefilter("error", seqparc.SeqparcWarning)  # so that nothing falls back
+eps = {torch.float32: 1.2e-7, torch.float64: 2.3e-16}
+
+
+def run(rnn, x, h0):
+    y, last = rnn(x, h0)
+    leaves = [t for part in (y, last) for t in seqparc.tree.flatten(part)[0]]
+    loss = sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).reshape(t.shape)).mean() for t in leaves)
+    grads = torch.autograd.grad(loss, [x, *seqparc.tree.flatten(h0)[0], *rnn.parameters()], allow_unused=True)
+    return [t.detach() for t in leaves], [g for g in grads if g is not None], rnn.stats
+
+
+def apart(a, b):
+    return max(float((p.double() - q.double()).abs().max() / (q.abs().max() + 1e-30)) for p, q in zip(a, b, strict=True))
+
+
+for name in sys.argv[1:]:
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        cell = CELLS[name].make().to(dtype)
+        x = torch.randn(2, 23, CELLS[name].inputs, dtype=dtype, requires_grad=True)
+        probe = seqparc.compile(cell, backend="torch")
+        _, convention, start = probe.understand(x)
+        h0 = convention.state.unflatten([(0.3 * torch.randn(s.shape, dtype=dtype)).abs().requires_grad_() for s in start])
+        shooting, sequential = {"strategy": "shooting", "chunks": 3, "warmup": 3}, {"strategy": "sequential"}
+        for options in (shooting,) if dtype == torch.float32 else (sequential, shooting):
+            done = {}
+            for backend in ("triton", "torch"):
+                rnn = seqparc.compile(cell, backend=backend, options=options)
+                done[backend] = run(rnn, x, h0)
+                assert rnn.stats.backend == rnn.stats.backward.backend == backend
+            (values, grads, stats), (right, right_grads, other) = done["triton"], done["torch"]
+            # Both round, in another order; what they differ by is rounding, and so is the tolerance of the passes.
+            assert apart(values, right) < 60 * eps[dtype], (name, dtype, options, apart(values, right) / eps[dtype])
+            assert apart(grads, right_grads) < 400 * eps[dtype], (name, dtype, options, apart(grads, right_grads) / eps[dtype])
+            assert abs(stats.passes - other.passes) <= 1 and abs(stats.backward.passes - other.backward.passes) <= 1
+            print(name, dtype, options["strategy"], stats.passes, apart(values, right) / eps[dtype], apart(grads, right_grads) / eps[dtype])
+print("equal")
+"""
+
+GROUPS = [
+    ("elementwise GRU", "IndRNN", "minGRU", "sLSTM", "affine", "RNN tanh"),
+    ("GRU", "RNN relu", "sparse", "block GRU"),
+    ("LSTM", "peephole LSTM", "LEM"),
+    ("layer norm GRU", "two levels"),
+]
+
+
+@pytest.mark.parametrize("names", GROUPS, ids=lambda g: g[0])
+def test_every_cell_runs_as_the_torch_backend_does(names: tuple[str, ...]) -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
