@@ -15,14 +15,22 @@ TILE = 1024
 
 
 @triton.jit
-def _gap(start, end, sizes, worst, chunks, numbers, atol, rtol, CHUNKS: tl.constexpr, NUMBERS: tl.constexpr):
+def _gap(
+    start, end, sizes, worst, active, first, chunks, numbers, row, atol, rtol, CHUNKS: tl.constexpr, NUMBERS: tl.constexpr,
+    MARK: tl.constexpr,
+):  # fmt: skip
+    """The move of every start state, in units of the tolerance, and its largest: of every chunk into `worst`, or, with MARK, of all,
+    with the samples whose chunk moved marked in `active`, those chunks' start states replaced by the ends they should be, and in `first`
+    how many chunks of a sample are left from the first that moved."""
     i = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)[None, :]
+    sample = i // row
     most = tl.zeros([1, NUMBERS], tl.float64)  # in the chunks so far
-    for first in range(1, chunks, CHUNKS):
-        c = (first + tl.arange(0, CHUNKS)).to(tl.int64)[:, None]
+    for begin in range(1, chunks, CHUNKS):
+        c = (begin + tl.arange(0, CHUNKS)).to(tl.int64)[:, None]
         mine = (i < numbers) & (c < chunks)
-        a = tl.load(start + c * numbers + i, mask=mine, other=0.0).to(tl.float64)
-        b = tl.load(end + (c - 1) * numbers + i, mask=mine, other=0.0).to(tl.float64)
+        s = tl.load(start + c * numbers + i, mask=mine, other=0.0)
+        e = tl.load(end + (c - 1) * numbers + i, mask=mine, other=0.0)
+        a, b = s.to(tl.float64), e.to(tl.float64)
         size = tl.load(sizes + (c - 1) * numbers + i, mask=mine, other=0.0).to(tl.float64)
         size = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), size)  # NaN is left out
         so_far = tl.maximum(tl.associative_scan(tl.where(size < float("inf"), size, 0.0), 0, _larger), most)
@@ -30,8 +38,15 @@ def _gap(start, end, sizes, worst, chunks, numbers, atol, rtol, CHUNKS: tl.const
         same = (a == b) | ((a != a) & (b != b))
         move = tl.abs(b - a) / tl.where(same, 1.0, atol * so_far + rtol * size)
         move = tl.where(same, 0.0, tl.where(move != move, float("inf"), move))
-        move = tl.max(move, 1, keep_dims=True)
-        tl.atomic_max(worst + (c - 1), move, mask=c < chunks)  # the largest is the same in whatever order
+        # The largest is the same in whatever order it is found.
+        if MARK:
+            tl.atomic_max(worst, tl.max(move))
+            moved = mine & (move > 1.0)
+            tl.store(start + c * numbers + i, e, mask=moved)
+            tl.store(active + c * (numbers // row) + sample, tl.full(c.shape, 1, tl.int32), mask=moved)
+            tl.atomic_max(first + sample + c * 0, (chunks - c + i * 0).to(tl.int32), mask=moved)
+        else:
+            tl.atomic_max(worst + (c - 1), tl.max(move, 1, keep_dims=True), mask=c < chunks)
 
 
 @triton.jit
@@ -39,11 +54,23 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
+def measure(
+    start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float, worst: Tensor, active: Tensor | None = None,
+    first: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the kernel: start, end, sizes [chunks, batch, row]; worst zeros, [chunks - 1], or one number and the marks with it."""
+    chunks, row = start.shape[0], start.shape[2]
+    numbers = start.shape[1] * row
+    wide = min(64, triton.next_power_of_2(numbers))
+    _gap[(-(-numbers // wide),)](
+        start, end, sizes, worst, active, first, chunks, numbers, row, atol, rtol,
+        CHUNKS=TILE // wide, NUMBERS=wide, MARK=active is not None,
+    )  # fmt: skip
+
+
 def gap(start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
     """See `seqparc.runtime.driver.Kernel`."""
-    chunks, numbers = start.shape[0], start[0].numel()
-    worst = torch.zeros(chunks - 1, dtype=torch.float64, device=start.device)
-    wide = min(64, triton.next_power_of_2(numbers))
-    _gap[(-(-numbers // wide),)](start, end, sizes, worst, chunks, numbers, atol, rtol, CHUNKS=TILE // wide, NUMBERS=wide)
+    worst = torch.zeros(start.shape[0] - 1, dtype=torch.float64, device=start.device)
+    measure(start, end, sizes, atol, rtol, worst)
     found = worst.cpu()
     return float(found.max()), found

@@ -23,7 +23,7 @@ from seqparc.ir import Program
 from seqparc.spans import Spans
 
 #: Lanes per program of a scalar kernel, and how many of them a multiprocessor is to be given.
-LANES, RESIDENT = 128, 512
+LANES, RESIDENT = 128, 2048
 #: Lanes per program of a vector kernel, and elements of a tile per thread. More of either and the weights' share of the registers spills.
 ROWS, EACH = 8, 2
 
@@ -87,15 +87,25 @@ class TritonKernel:
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, (batch, row) = len(spans), start.shape[-2:]
+        end = start.new_empty((chunks, batch, row))
+        self._launch(spans, start, streams, params, emits, sums, backwards, end, reached, sizes)
+        return end
+
+    def _launch(
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None], backwards: bool, end: Tensor, reached: Tensor | None, sizes: Tensor | None,
+        active: Tensor | None = None, first: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """All chunks; or those of samples marked in `active`; or with `first` what is left of every sample in one stretch."""
+        chunks, (batch, row) = len(spans), start.shape[-2:]
         if not start.is_contiguous():
             start = start.contiguous()
         apart = batch * row if start.dim() == 3 else 0
-        end = start.new_empty((chunks, batch, row))
         bounds = spans.on(start.device)
         led = reached is not None and spans.lead is not None
         args: list[Any] = [
-            bounds[0], bounds[1], bounds[2] if led else None, start, apart, reached if led else None, end, sizes, chunks, batch, row,
-            None, None, chunks, 0,
+            bounds[0], bounds[1], bounds[2] if led else None, start, apart, reached if led else None, end, sizes,
+            1 if first is not None else chunks, batch, row, active, first, chunks, spans.steps,
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[Tensor, int, int]:
@@ -108,10 +118,39 @@ class TritonKernel:
         for y in emits:
             args += (None, 0, 0) if y is None else time(y)
         args += [*sums, *self._tables]
-        lanes = chunks * batch
+        lanes = batch if first is not None else chunks * batch
         programs = -(-lanes * self.program.lanes // self.block) if self.compiled.scalar else -(-lanes // self.block) * self.program.lanes
-        self._run[(programs,)](*args, LEAD=led, SIZES=sizes is not None, FINISH=False, BLOCK=self.block, num_warps=self.warps, **OPTIONS)
-        return end
+        self._run[(programs,)](
+            *args, LEAD=led, SIZES=sizes is not None, FINISH=first is not None, BLOCK=self.block, num_warps=self.warps, **OPTIONS
+        )
+
+    def alone(
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None], backwards: bool, passes: int, atol: float, rtol: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Passes and the end of them with nobody watching: the card itself marks what has to run again, and finishes what does not settle.
+
+        Returns the last state [batch, row]; after each pass the largest gap in units of the tolerance; and how many chunks of each
+        sample had to be finished in one stretch.
+        """
+        from seqparc.codegen.gpugap import measure
+
+        chunks, (batch, row) = len(spans), start.shape
+        room = start.new_empty((3, chunks, batch, row))
+        begun, end, sizes = room.unbind()
+        if spans.lead is None:
+            begun.copy_(start)
+        worst = torch.zeros(passes, dtype=torch.float64, device=start.device)
+        marks = torch.zeros((passes, chunks + 1, batch), dtype=torch.int32, device=start.device)
+        given = (streams, params, emits, sums, backwards, end)
+        self._launch(spans, start if spans.lead is not None else begun, *given, begun if spans.lead is not None else None, sizes)
+        for k in range(passes):
+            active, first = marks[k, 1:], marks[k, 0]
+            measure(begun, end, sizes, atol, rtol, worst[k:], active, first)
+            if k + 1 < passes:
+                self._launch(spans, begun, *given, None, sizes, active=active)
+        self._launch(spans, begun, *given, None, None, first=first)
+        return end.select(0, -1), worst, first
 
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""

@@ -47,9 +47,10 @@ cb = q // LANES
 _PLACE = """\
 b = cb % batch
 if FINISH:
-    c = tl.minimum(tl.load(first + b).to(tl.int64), all_chunks - 1)
+    left = tl.load(first + b)  # chunks from the first unsettled one to the end
+    c = tl.minimum(all_chunks - left, all_chunks - 1).to(tl.int64)
     begin = tl.load(t0 + c)
-    length = tl.where(tl.load(first + b) < all_chunks, steps - begin, 0)
+    length = tl.where(left > 0, steps - begin, 0)
     from_cb, to_cb = c * batch + b, (all_chunks - 1) * batch + b
 else:
     c = cb // batch

@@ -27,6 +27,11 @@ class Spans:
         return _address(self.t0), _address(self.length), 0 if self.lead is None else _address(self.lead)
 
     @functools.cached_property
+    def steps(self) -> int:
+        """Steps up to the end of the last chunk."""
+        return int((self.t0 + self.length).max())
+
+    @functools.cached_property
     def longest(self) -> int:
         """Steps of the longest chunk."""
         return int(self.length.max())

@@ -108,6 +108,10 @@ class Outcome:
     def gap(self) -> float:
         return self.gaps[-1] if self.gaps else 0.0
 
+    def seen(self) -> Outcome:
+        """With everything known."""
+        return self
+
 
 def solve(p: Problem, cut: Cut) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""

@@ -21,6 +21,7 @@ from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
+from seqparc.runtime.alone import MOST_PASSES, Unseen, can, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.spans import cut_evenly
 
@@ -104,6 +105,7 @@ class Engine:
         self._decided: dict[Any, tuple[Choice, Cut, Shape]] = {}
         self._begun: dict[str, tuple[str, Future[Kernel]]] = {}
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
+        self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
 
@@ -171,17 +173,43 @@ class Engine:
 
     def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> Outcome:
         """Run one recurrence: decide, cut, solve, remember."""
-        options = self.options
         name, kernel = self.kernels.get(direction) or self.kernel(direction, program, start.device)
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, direction, start.device)
-        outcome = solve(Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem), cut)
+        p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem)
+        passes = self._unwatched(shape, cut, kernel)
+        if passes:
+            outcome: Outcome = solve_alone(p, cut, passes)
+            self.sure[shape] = cut, passes, outcome
+        else:
+            outcome = self._watched(p, shape, choice, cut)
+        self.last[direction] = name, choice, cut, outcome
+        return outcome
+
+    def _unwatched(self, shape: Shape, cut: Cut, kernel: Kernel) -> int:
+        """Passes to enqueue without waiting for them, 0 to wait."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self.options.on_divergence != "sequential" or not can(kernel, len(cut.spans), cut.updates):
+            return 0
+        known, passes, before = self.sure.get(shape, (None, MOST_PASSES, None))
+        if capturing:
+            return passes
+        if isinstance(before, Unseen) and before.ready() and not before.seen().converged:
+            del self.sure[shape]  # to be watched again, and learnt from
+            return 0
+        return passes if known is cut else 0
+
+    def _watched(self, p: Problem, shape: Shape, choice: Choice, cut: Cut) -> Outcome:
+        """Run with the gap read after every pass, and learn from it."""
+        options = self.options
+        outcome = solve(p, cut)
         if not options.deterministic and options.warmup is None:
             self._learn(shape, choice, cut.spans.longest, outcome)
+        if outcome.converged and outcome.update == "none" and outcome.passes <= MOST_PASSES:
+            self.sure[shape] = cut, outcome.passes, outcome
         if outcome.fallback and options.on_divergence == "warn":
-            message = f"the {direction} run did not converge and was finished sequentially: {outcome.fallback}"
+            message = f"the {shape[0]} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
-        self.last[direction] = name, choice, cut, outcome
         return outcome
 
     @property
@@ -193,7 +221,8 @@ class Engine:
     def _told(self, direction: str) -> Stats | None:
         if direction not in self.last:
             return None
-        name, choice, cut, outcome = self.last[direction]
+        name, choice, cut, unseen = self.last[direction]
+        outcome = unseen.seen()
         return Stats(
             backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.spans.longest, warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
