@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seqparc import store
+from seqparc.codegen.launcher import Launcher, interpreted
 from seqparc.codegen.sweep import TritonSource, emit
 from seqparc.codegen.tiles import Weight, padded
 from seqparc.errors import ToolchainError
@@ -25,16 +26,7 @@ from seqparc.spans import Spans
 #: Lanes per program of a scalar kernel, and how many of them a multiprocessor is to be given.
 LANES, RESIDENT = 128, 2048
 #: Lanes per program of a vector kernel, and elements of a tile per thread. More of either and the weights' share of the registers spills.
-ROWS, EACH = 8, 2
-
-#: What a product and a sum become together must not depend on Triton's version.
-OPTIONS = {"enable_fp_fusion": True}
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run as Python, by TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
+ROWS, EACH = 4, 1
 
 class TritonKernel:
     """Runs a lane program over chunks of time on a GPU.
@@ -42,13 +34,15 @@ class TritonKernel:
     Raises `ToolchainError` if there is no Triton, `TooIrregularError` if the program does not fit tiles.
     """
 
+    chunk_per_warmup = 2
+
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "ieee") -> None:
         if device.type != "cuda" and not interpreted():
             raise ToolchainError(f"Triton kernels run on a GPU, x is on {device}; TRITON_INTERPRET=1 runs them as Python, very slowly")
         self.program, self.dtype, self.device = program, dtype, device
         self.compiled: TritonSource = emit(program, dtype is torch.float64, precision)
         module, self.path = load(self.compiled.text)
-        self._run = module.sweep
+        self._run = Launcher(module.sweep)
         self._tables = [torch.from_numpy(t.array.reshape(-1).astype(np.int32)).to(device) for t in self.compiled.tables]
         self._weights = [_layout(w, device) for w in self.compiled.weights]
         widest = max((padded(hi - lo) for _, lo, hi in self.compiled.step.state_tiles()), default=1)
@@ -94,9 +88,9 @@ class TritonKernel:
     def _launch(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None], backwards: bool, end: Tensor, reached: Tensor | None, sizes: Tensor | None,
-        active: Tensor | None = None, first: Tensor | None = None,
+        marks: Tensor | None = None, at: int = 0, finish: bool = False,
     ) -> None:  # fmt: skip
-        """All chunks; or those of samples marked in `active`; or with `first` what is left of every sample in one stretch."""
+        """All chunks; or those of samples that `marks` from `at` on say moved; or, to finish, what is left of each sample at one go."""
         chunks, (batch, row) = len(spans), start.shape[-2:]
         if not start.is_contiguous():
             start = start.contiguous()
@@ -105,7 +99,7 @@ class TritonKernel:
         led = reached is not None and spans.lead is not None
         args: list[Any] = [
             bounds[0], bounds[1], bounds[2] if led else None, start, apart, reached if led else None, end, sizes,
-            1 if first is not None else chunks, batch, row, active, first, chunks, spans.steps,
+            1 if finish else chunks, batch, row, marks, at, chunks, spans.steps,
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[Tensor, int, int]:
@@ -118,11 +112,9 @@ class TritonKernel:
         for y in emits:
             args += (None, 0, 0) if y is None else time(y)
         args += [*sums, *self._tables]
-        lanes = batch if first is not None else chunks * batch
+        lanes = batch if finish else chunks * batch
         programs = -(-lanes * self.program.lanes // self.block) if self.compiled.scalar else -(-lanes // self.block) * self.program.lanes
-        self._run[(programs,)](
-            *args, LEAD=led, SIZES=sizes is not None, FINISH=first is not None, BLOCK=self.block, num_warps=self.warps, **OPTIONS
-        )
+        self._run(programs, args, {"LEAD": led, "SIZES": sizes is not None, "FINISH": finish, "BLOCK": self.block}, self.warps)
 
     def alone(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
@@ -130,27 +122,26 @@ class TritonKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Passes and the end of them with nobody watching: the card itself marks what has to run again, and finishes what does not settle.
 
-        Returns the last state [batch, row]; after each pass the largest gap in units of the tolerance; and how many chunks of each
-        sample had to be finished in one stretch.
+        Returns the last state [batch, row]; after each pass the largest gap in units of the tolerance; and the marks [passes, 1 + chunks,
+        batch], whose last [-1, 0] is how many chunks of each sample had to be finished in one stretch.
         """
         from seqparc.codegen.gpugap import measure
 
         chunks, (batch, row) = len(spans), start.shape
-        room = start.new_empty((3, chunks, batch, row))
-        begun, end, sizes = room.unbind()
+        begun, end, sizes = start.new_empty((3, chunks, batch, row)).unbind()
         if spans.lead is None:
             begun.copy_(start)
         worst = torch.zeros(passes, dtype=torch.float64, device=start.device)
         marks = torch.zeros((passes, chunks + 1, batch), dtype=torch.int32, device=start.device)
+        each = (chunks + 1) * batch
         given = (streams, params, emits, sums, backwards, end)
         self._launch(spans, start if spans.lead is not None else begun, *given, begun if spans.lead is not None else None, sizes)
         for k in range(passes):
-            active, first = marks[k, 1:], marks[k, 0]
-            measure(begun, end, sizes, atol, rtol, worst[k:], active, first)
+            measure(begun, end, sizes, atol, rtol, worst, marks, k * each)
             if k + 1 < passes:
-                self._launch(spans, begun, *given, None, sizes, active=active)
-        self._launch(spans, begun, *given, None, None, first=first)
-        return end.select(0, -1), worst, first
+                self._launch(spans, begun, *given, None, sizes, marks, k * each)
+        self._launch(spans, begun, *given, None, None, marks, (passes - 1) * each, finish=True)
+        return end.select(0, -1), worst, marks
 
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""

@@ -23,6 +23,8 @@ class CKernel:
     Raises `ToolchainError` if there is no compiler, `TooIrregularError` if the program does not fit the skeleton.
     """
 
+    chunk_per_warmup = 4
+
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype
         self.compiled: CSource = emit(program, dtype is torch.float64)

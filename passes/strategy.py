@@ -9,8 +9,6 @@ from seqparc.plan import Choice
 
 #: Steps after which a cell is first assumed to have forgotten its start; adapted from run to run.
 FIRST_WARMUP = 32
-#: A chunk is at least this many warm-ups long, so that guessing costs at most a fifth of a pass.
-CHUNK_PER_WARMUP = 4
 #: Largest dense state for which the exact update, n + 1 times the work of a pass, is offered.
 EXACT_LIMIT = 32
 
@@ -22,11 +20,12 @@ def corrections(n: int, scalar: bool) -> tuple[str, ...]:
 
 @functools.lru_cache(512)
 def choose(
-    options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None, passes: float = 1
+    options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None, passes: float = 1,
+    per_warmup: int = 4,
 ) -> Choice:
     """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device.
 
-    `warmup` and `passes` are what earlier runs have shown to be needed.
+    `warmup` and `passes` are what earlier runs have shown to be needed; a chunk is at least `per_warmup` warm-ups long.
     """
     strategy, reasons = options.strategy, []
     if strategy == "auto":
@@ -48,14 +47,14 @@ def choose(
         if options.warmup is None:
             guess = min(guess, steps // chunks)
     else:
-        chunks = max(1, min(best, steps // max(1, CHUNK_PER_WARMUP * guess)))
+        chunks = max(1, min(best, steps // max(1, per_warmup * guess)))
         if chunks < best:
-            reasons.append(f"{chunks} chunks: each is to be {CHUNK_PER_WARMUP} warm-ups of {guess} steps at least")
+            reasons.append(f"{chunks} chunks: each is to be {per_warmup} warm-ups of {guess} steps at least")
     if chunks == 1:
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
     if options.strategy == "auto" and passes * (steps // chunks) + guess >= steps:
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"earlier runs took {passes} passes of {chunks} chunks"))
-    if affine and offered[0] == "exact" and update == "auto" and guess * CHUNK_PER_WARMUP > steps // chunks:
+    if affine and offered[0] == "exact" and update == "auto" and guess * per_warmup > steps // chunks:
         update = "exact"
         reasons.append("linear in the state, so one exact update is right and no guess is needed")
     if update == "exact" and affine:

@@ -27,7 +27,7 @@ class Unseen(Outcome):
 
     tolerance: float = 0.0
     worst: Tensor | None = None  # the largest gap after each pass, in tolerances
-    left: Tensor | None = None  # chunks of each sample that the sequential kernel finished
+    marks: Tensor | None = None  # [passes, 1 + chunks, batch]; the last row 0: chunks of each sample that the sequential kernel finished
     done: Any = field(default=None, repr=False)  # a CUDA event
 
     def ready(self) -> bool:
@@ -35,13 +35,13 @@ class Unseen(Outcome):
 
     def seen(self) -> Outcome:
         """The same with its figures; waits for the device."""
-        if self.worst is not None and self.left is not None:
-            worst, left = self.worst.tolist(), int(self.left.max())
+        if self.worst is not None and self.marks is not None:
+            worst, left = self.worst.tolist(), int(self.marks[-1, 0].max())
             self.passes = next((k + 1 for k, w in enumerate(worst) if w <= 1), len(worst))
             self.gaps = [w * self.tolerance for w in worst[: self.passes]]
             self.converged = left == 0
             self.fallback = None if self.converged else f"the last {left} chunks of a sample had not settled after {self.passes} passes"
-            self.worst = self.left = None
+            self.worst = self.marks = None
         return self
 
 
@@ -55,10 +55,10 @@ def solve_alone(p: Problem, cut: Cut, passes: int) -> Unseen:
     kernel: Any = p.kernel
     sums = [p.start.new_empty(len(cut.spans), p.start.shape[0], n) for n in p.sum_sizes]
     start = p.start if p.start.is_contiguous() else p.start.contiguous()
-    end, worst, left = kernel.alone(
+    end, worst, marks = kernel.alone(
         cut.spans, start, p.streams, kernel.prepare(p.params), p.emits, sums, p.backwards, passes, cut.atol, cut.rtol
     )  # fmt: skip
-    outcome = Unseen(end, sums, tolerance=cut.rtol or cut.atol, worst=worst, left=left)
+    outcome = Unseen(end, sums, tolerance=cut.rtol or cut.atol, worst=worst, marks=marks)
     if start.is_cuda and not torch.cuda.is_current_stream_capturing():
         outcome.done = torch.cuda.Event()
         outcome.done.record()

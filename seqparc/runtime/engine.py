@@ -39,6 +39,8 @@ WORTH = 4
 CHEAPER = 1.1
 #: A gap that a longer warm-up does not make smaller is rounding if it is at most this many units, and is then taken for converged.
 FLOOR = 64
+#: Of so many runs that nobody watched one is looked at afterwards.
+LOOK = 16
 #: Calls after which a shape that was better run sequentially is tried again.
 RETRY = 100
 
@@ -106,6 +108,7 @@ class Engine:
         self._begun: dict[str, tuple[str, Future[Kernel]]] = {}
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
+        self.unwatched = 0
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
 
@@ -150,7 +153,7 @@ class Engine:
         if decided is None:
             choice: Choice = self.choose(
                 options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup,
-                passes=passes,
+                passes=passes, per_warmup=kernel.chunk_per_warmup,
             )  # fmt: skip
             eps = torch.finfo(plan.dtype).eps
             unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
@@ -191,10 +194,14 @@ class Engine:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self.options.on_divergence != "sequential" or not can(kernel, len(cut.spans), cut.updates):
             return 0
+        before: Any
         known, passes, before = self.sure.get(shape, (None, MOST_PASSES, None))
         if capturing:
             return passes
-        if isinstance(before, Unseen) and before.ready() and not before.seen().converged:
+        self.unwatched += 1
+        # To look costs as much as a launch, so after the first runs it is done now and then.
+        look = isinstance(before, Unseen) and (before.worst is None or self.unwatched < 4 or self.unwatched % LOOK == 0)
+        if look and before.ready() and not before.seen().converged:
             del self.sure[shape]  # to be watched again, and learnt from
             return 0
         return passes if known is cut else 0

@@ -22,6 +22,7 @@ from seqparc.spans import Spans
 class TorchKernel:
     """Runs a lane program over chunks of time; values have shape [chunks, batch, lanes, size]."""
 
+    chunk_per_warmup = 4
     source = "(the torch backend interprets the program; see seqparc.text.print_program)"
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device | None = None) -> None:
