@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqparc import store
 from seqparc.codegen.launcher import Launcher, interpreted
+from seqparc.codegen.schedule import TooIrregularError
 from seqparc.codegen.sweep import TritonSource, emit
 from seqparc.codegen.tiles import Weight, padded
 from seqparc.errors import ToolchainError
@@ -27,6 +28,8 @@ from seqparc.spans import Spans
 LANES, RESIDENT = 128, 2048
 #: Lanes per program of a vector kernel, and elements of a tile per thread. More of either and the weights' share of the registers spills.
 ROWS, EACH = 4, 1
+#: Bytes of shared memory for all that is not weights.
+SPARE = 8192
 
 class TritonKernel:
     """Runs a lane program over chunks of time on a GPU.
@@ -41,6 +44,10 @@ class TritonKernel:
             raise ToolchainError(f"Triton kernels run on a GPU, x is on {device}; TRITON_INTERPRET=1 runs them as Python, very slowly")
         self.program, self.dtype, self.device = program, dtype, device
         self.compiled: TritonSource = emit(program, dtype is torch.float64, precision)
+        held = sum(w.bytes for w in self.compiled.step.weights.values() if w.product == "dot") * (2 if dtype is torch.float64 else 1)
+        if held > _on_chip(device) - SPARE:
+            most = _on_chip(device) // 1024
+            raise TooIrregularError(f"its weights, {held // 1024} KB, do not fit on the chip, which holds {most} KB a block")
         module, self.path = load(self.compiled.text)
         self._run = Launcher(module.sweep)
         self._tables = [torch.from_numpy(t.array.reshape(-1).astype(np.int32)).to(device) for t in self.compiled.tables]
@@ -152,6 +159,16 @@ class TritonKernel:
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on_chip(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return 227 * 1024
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _layout(w: Weight, device: torch.device) -> tuple[Tensor, Tensor | None]:

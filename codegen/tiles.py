@@ -37,6 +37,11 @@ class Weight:
     index: ir.Index
     product: str  # "dot", or "columns" for one column and "rows" for one row, which are sums of products
 
+    @property
+    def bytes(self) -> int:
+        """Of the tile, in float32."""
+        return 4 * padded(self.index.shape[1]) * padded(self.index.shape[2])
+
 
 @dataclass(frozen=True)
 class Read:

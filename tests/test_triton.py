@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import seqparc
 
 pytest.importorskip("triton")
 
@@ -120,3 +124,19 @@ def test_a_run_that_nobody_watches_is_as_exact() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "exact" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
+
+
+def test_weights_that_do_not_fit_on_the_chip_are_said_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rnn, x = seqparc.compile(nn.RNNCell(3, 300), backend="triton"), torch.randn(1, 3, 3)
+    with pytest.warns(seqparc.SeqparcWarning, match="its weights, 1024 KB, do not fit on the chip"), torch.no_grad():
+        y, _ = rnn(x)
+    assert rnn.stats.backend == "torch"
+    torch.testing.assert_close(y, rnn.sequential(x)[0])
+
+
+def test_without_a_gpu_it_is_said_what_there_is_instead() -> None:
+    with pytest.warns(seqparc.SeqparcWarning, match="run on a GPU, x is on cpu; TRITON_INTERPRET=1"):
+        rnn = seqparc.compile(nn.RNNCell(3, 4), backend="triton")
+        rnn(torch.randn(1, 3, 3))
+    assert rnn.stats.backend == "torch"
