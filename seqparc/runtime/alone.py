@@ -8,7 +8,6 @@ is read when somebody asks, or at a later call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +42,6 @@ class Unseen(Outcome):
             self.fallback = None if self.converged else f"the last {left} chunks of a sample had not settled after {self.passes} passes"
             self.worst = self.marks = None
         return self
-
-
-def can(kernel: Any, chunks: int, updates: Sequence[str]) -> bool:
-    """Whether a kernel can run alone, and this run is one for it."""
-    return hasattr(kernel, "alone") and chunks > 1 and updates[0] == "none"
 
 
 def solve_alone(p: Problem, cut: Cut, passes: int) -> Unseen:

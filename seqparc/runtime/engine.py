@@ -21,7 +21,7 @@ from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
-from seqparc.runtime.alone import MOST_PASSES, Unseen, can, solve_alone
+from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.spans import cut_evenly
 
@@ -180,7 +180,7 @@ class Engine:
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, direction, start.device)
         p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem)
-        passes = self._unwatched(shape, cut, kernel)
+        passes = self._unwatched(shape, cut) if hasattr(kernel, "alone") else 0
         if passes:
             outcome: Outcome = solve_alone(p, cut, passes)
             self.sure[shape] = cut, passes, outcome
@@ -189,11 +189,11 @@ class Engine:
         self.last[direction] = name, choice, cut, outcome
         return outcome
 
-    def _unwatched(self, shape: Shape, cut: Cut, kernel: Kernel) -> int:
+    def _unwatched(self, shape: Shape, cut: Cut) -> int:
         """Passes to enqueue without waiting for them, 0 to wait."""
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if self.options.on_divergence != "sequential" or not can(kernel, len(cut.spans), cut.updates):
+        if self.options.on_divergence != "sequential" or len(cut.spans) == 1 or cut.updates[0] != "none":
             return 0
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         before: Any
         known, passes, before = self.sure.get(shape, (None, MOST_PASSES, None))
         if capturing:
@@ -352,7 +352,7 @@ class Solve(torch.autograd.Function):
         # The start state in front, so that the states before each step are a view of the same memory.
         room = [s.new_empty(s.shape[0], steps + 1, s.shape[1]) for s in start]
         for r, s in zip(room, start, strict=True):
-            r[:, 0] = s
+            r.select(1, 0).copy_(s)
         states = [r.narrow(1, 1, steps) for r in room]
         end = engine.forward(start, streams, params, states, steps)
         ctx.engine, ctx.counts = engine, counts
@@ -366,7 +366,7 @@ class Solve(torch.autograd.Function):
         tensors, room = saved[:-n_state], saved[-n_state:]
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
         with uncast(room[0].device.type), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            before = [r[:, :-1] for r in room]
+            before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
             g_states = [
                 _unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(grads[:n_state], before, strict=True)
             ]

@@ -24,6 +24,12 @@ from seqparc.runtime.run import run
 TOOLS: dict[str, Callable[..., Any]] = {}
 
 
+def _opaque(rnn: CompiledRNN, *args: Any) -> Any:
+    """A call under torch.compile: what is compiled already is called as it is, and the graph goes on after it."""
+    torch._dynamo.graph_break()
+    return torch.compiler.disable(CompiledRNN.forward)(rnn, *args)
+
+
 class Call(NamedTuple):
     """A call, understood: leaves of x, how the cell is called, leaves of the state to start from, and what an engine depends on."""
 
@@ -99,6 +105,8 @@ class CompiledRNN(nn.Module):
         Returns (y, last). Raises ShapeError for an input of the wrong shape, dtype or device, and what `seqparc.compile`
         documents for cells that cannot be compiled.
         """
+        if torch.compiler.is_compiling():
+            return _opaque(self, x, state, lengths, reset)
         if lengths is not None or reset is not None:
             raise SeqparcError("lengths= and reset= are not supported yet; pad, run, and mask the outputs")
         call = self._call(x, state)
