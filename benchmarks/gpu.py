@@ -1,0 +1,269 @@
+"""Equality and speed on a GPU: `python benchmarks/gpu.py`. Prints tables, writes benchmarks/out/gpu.json.
+
+First every cell of the tests in float32 and float64 against float64 on the torch backend; then the cases below against the eager loop,
+cuDNN and our own sequential kernel. "wall" is one call with the device waited for, "through" a call in a row of many, "graph" a replay of
+a CUDA graph that holds the call. Needs nothing but torch, Triton and what seqparc imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("SEQPARC_CACHE", tempfile.mkdtemp(prefix="seqparc-"))
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import torch  # noqa: E402
+from cases import ElementwiseGRU  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import seqparc  # noqa: E402
+from tests.cells import CELLS  # noqa: E402
+
+#: Steps of the eager loop that are timed, and then counted up to the whole length.
+EAGER = 500
+#: Steps over which the outputs are compared with the plain loop in float64.
+COMPARED = 1000
+
+Make = Callable[[], nn.Module]
+CASES: tuple[tuple[str, Make, tuple[int, int, int], Callable[[], nn.Module] | None], ...] = (
+    ("elementwise GRU 256", lambda: ElementwiseGRU(256), (8, 2048, 768), None),
+    ("elementwise GRU 256, long", lambda: ElementwiseGRU(256), (8, 16384, 768), None),
+    ("elementwise GRU 64", lambda: ElementwiseGRU(64), (1, 131072, 192), None),
+    ("elementwise GRU 1", lambda: ElementwiseGRU(1), (1, 1000000, 3), None),
+    ("dense GRU 32", lambda: nn.GRUCell(8, 32), (1, 17984, 8), lambda: nn.GRU(8, 32, batch_first=True)),
+    ("dense GRU 1, batch 16", lambda: nn.GRUCell(8, 1), (16, 10000, 8), lambda: nn.GRU(8, 1, batch_first=True)),
+    ("dense GRU 8, batch 16", lambda: nn.GRUCell(8, 8), (16, 10000, 8), lambda: nn.GRU(8, 8, batch_first=True)),
+    ("dense GRU 32, batch 16", lambda: nn.GRUCell(8, 32), (16, 10000, 8), lambda: nn.GRU(8, 32, batch_first=True)),
+    ("dense GRU 64, batch 16", lambda: nn.GRUCell(8, 64), (16, 2048, 8), lambda: nn.GRU(8, 64, batch_first=True)),
+)  # fmt: skip
+
+
+def first(y: Any) -> Tensor:
+    return seqparc.tree.flatten(y)[0][0]
+
+
+def equality(name: str) -> list[dict[str, Any]]:
+    """One cell in both dtypes and two strategies; in a process of its own, since compiling takes seconds."""
+    warnings.simplefilter("error", seqparc.SeqparcWarning)  # so that nothing falls back
+    rows = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        cell = CELLS[name].make().cuda().to(dtype)
+        exact = CELLS[name].make().cuda().double()
+        exact.load_state_dict({k: v.double() for k, v in cell.state_dict().items()})
+        x = torch.randn(3, 260, CELLS[name].inputs, device="cuda", dtype=dtype)
+
+        def run(rnn: Any, cell: nn.Module, x: Tensor) -> list[Tensor]:
+            x = x.requires_grad_()
+            y = first(rnn(x)[0])
+            grads = torch.autograd.grad(y.square().mean(), [x, *cell.parameters()], allow_unused=True)
+            return [y.detach(), *(g for g in grads if g is not None)]
+
+        def apart(found: list[Tensor], right: list[Tensor]) -> float:
+            return max(float((p.double() - q).abs().max() / (q.abs().max() + 1e-30)) for p, q in zip(found, right, strict=True))
+
+        right = run(seqparc.compile(exact, backend="torch", options={"strategy": "sequential"}), exact, x.detach().double())
+        loop = seqparc.compile(cell, backend="torch", options={"strategy": "sequential"})
+        own = apart(run(loop, cell, x.detach().clone()), right)
+        for options in ({"strategy": "sequential"}, {"strategy": "shooting", "chunks": 5, "warmup": 16}):
+            row: dict[str, Any] = {"cell": name, "dtype": str(dtype)[6:], "strategy": options["strategy"], "own_error": own}
+            try:
+                rnn = seqparc.compile(cell, options=options)
+                row["error"] = apart(run(rnn, cell, x.detach().clone()), right)
+                back = rnn.stats.backward
+                row |= {"backends": [rnn.stats.backend, back.backend], "passes": [rnn.stats.passes, back.passes]}
+                most = 1e-10 if dtype is torch.float64 else 4 * own + 1e-6
+                row["ok"] = row["error"] <= most and row["backends"] == ["triton", "triton"]
+            except Exception as error:
+                row |= {"ok": False, "failed": f"{type(error).__name__}: {error}"[-400:]}
+            rows.append(row)
+    return rows
+
+
+def wall(call: Callable[[], Any], most: float = 3.0) -> float:
+    """Median milliseconds of a call that is waited for."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 30 and (len(times) < 3 or time.perf_counter() - begin < most):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def through(call: Callable[[], Any], each: float = 0.0) -> float:
+    """Milliseconds per call of many in a row, by the device's clock; `each`: about how long one takes."""
+    times = max(2, min(20, int(1500 / (each + 1e-3))))
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def replayed(call: Callable[[], Any]) -> float:
+    """Milliseconds of a replay of a graph that holds the call."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call()
+    return through(graph.replay)
+
+
+def speed(name: str, make: Make, shape: tuple[int, int, int], builtin: Callable[[], nn.Module] | None, copy: float) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    cell = make().cuda()
+    x = torch.randn(shape, device="cuda")
+    given = x.clone().requires_grad_()
+    with torch.no_grad():
+        exact = make().cuda().double()
+        exact.load_state_dict({k: v.double() for k, v in cell.state_dict().items()})
+        right = first(seqparc.compile(exact).sequential(x[:, :COMPARED].double())[0])
+    systems: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
+    if builtin is not None:
+        layer = builtin().cuda()
+        with torch.no_grad():
+            for key, p in cell.named_parameters():
+                getattr(layer, f"{key}_l0").copy_(p)
+        systems.append(("cuDNN", layer, layer))
+    for label, options in (("seqparc sequential", {"strategy": "sequential"}), ("seqparc", {})):
+        rnn = seqparc.compile(cell, options=options)
+        systems.append((label, rnn, rnn))
+    plain = seqparc.compile(cell)
+    steps = min(EAGER, shape[1])
+    short, short_given = x[:, :steps], given.detach()[:, :steps].clone().requires_grad_()
+
+    with torch.no_grad():
+        eager = wall(lambda: plain.sequential(short), 1.0) * shape[1] / steps
+    eager_both = wall(lambda: both(plain.sequential, cell, short_given), 1.0) * shape[1] / steps
+    rows: list[dict[str, Any]] = [{"system": f"eager loop ({steps} steps, scaled)", "fwd": eager, "fwd+bwd": eager_both}]
+    rows += [{"system": label, **_measured(module, call, x, given, right, copy)} for label, module, call in systems]
+    return [{"case": name, "shape": list(shape), **row} for row in rows]
+
+
+def both(call: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> None:
+    """Forward, and the gradients of x and every parameter."""
+    y = first(call(x)[0])
+    torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+
+def _measured(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, given: Tensor, right: Tensor, copy: float) -> dict[str, Any]:
+    """One system's row; what goes wrong is in it."""
+    row: dict[str, Any] = {}
+    try:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            y = first(call(x)[0])
+        both(call, module, given)
+        torch.cuda.synchronize()
+        row["first_call_s"] = time.perf_counter() - begin
+        row["error"] = float((y[:, :COMPARED].double() - right).abs().max())
+        for _ in range(6):  # what is learnt from run to run is learnt
+            with torch.no_grad():
+                call(x)
+            both(call, module, given)
+        ours = isinstance(module, seqparc.CompiledRNN)
+        with torch.no_grad():
+            row["fwd"] = wall(lambda: call(x))
+            row["fwd through"] = through(lambda: call(x), row["fwd"])
+            if ours:
+                row["fwd graph"] = replayed(lambda: call(x))
+        row["fwd+bwd"] = wall(lambda: both(call, module, given))
+        row["fwd+bwd through"] = through(lambda: both(call, module, given), row["fwd+bwd"])
+        best = min(row[k] for k in ("fwd", "fwd through", "fwd graph") if k in row)
+        row["of copy"] = 4 * (x.numel() + y.numel()) / best / 1e6 / copy
+        if isinstance(module, seqparc.CompiledRNN):
+            for key, s in (("", module.stats), ("backward ", module.stats.backward)):
+                if s is not None:
+                    row |= {f"{key}chunks": s.chunks, f"{key}warmup": s.warmup, f"{key}passes": s.passes, f"{key}fallback": s.fallback}
+            row["backend"] = module.stats.backend
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {error}"[-400:]
+    return row
+
+
+def copied() -> float:
+    """Bytes read and written per second by a copy of 1 GiB on the device, in GB."""
+    room = torch.empty(2**28, device="cuda")
+    into = torch.empty_like(room)
+    return 8 * room.numel() / through(lambda: into.copy_(room)) / 1e6
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows as a table; times in milliseconds."""
+    found = Table(title=title, title_justify="left")
+    keys = list(dict.fromkeys(k for r in rows for k in r if k not in ("case", "shape", "cell")))
+    for k in keys:
+        found.add_column(k)
+    for r in rows:
+        found.add_row(*(f"{v:.3g}" if isinstance(v := r.get(k, ""), float) else str(v) for k in keys))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu.json")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=480, help="no case is begun after this")
+    parser.add_argument("--skip-equality", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this benchmark needs a GPU that PyTorch can use; there is none here", file=sys.stderr)
+        return 2
+    import triton
+
+    begin = time.perf_counter()
+    console = Console(width=220)
+    copy = copied()
+    about = {"card": torch.cuda.get_device_name(), "copy_GB_s": copy, "torch": torch.__version__, "triton": triton.__version__,
+             "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    results: dict[str, Any] = {"machine": about, "equality": [], "speed": []}
+    console.print(", ".join(f"{k} {v}" for k, v in about.items()))
+
+    def save() -> None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1))
+
+    if not args.skip_equality:
+        with concurrent.futures.ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
+            for rows in pool.map(equality, CELLS):
+                results["equality"] += rows
+        wrong = [r for r in results["equality"] if not r["ok"]]
+        console.print(table("equality, all cells: relative errors of outputs and gradients", wrong or results["equality"][:8]))
+        console.print(f"{len(results['equality'])} runs, {len(wrong)} wrong, {time.perf_counter() - begin:.0f} s")
+        save()
+    for name, make, shape, builtin in CASES:
+        if args.only in name:
+            if time.perf_counter() - begin > args.seconds:
+                console.print(f"{name}: left out, the time is up")
+                continue
+            rows = speed(name, make, shape, builtin, copy)
+            results["speed"] += rows
+            console.print(table(f"{name}: batch, time, inputs = {shape}", rows))
+            save()
+    return 1 if any(not r["ok"] for r in results["equality"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
