@@ -52,8 +52,7 @@ class TritonKernel:
         self._run = Launcher(module.sweep)
         self._tables = [torch.from_numpy(t.array.reshape(-1).astype(np.int32)).to(device) for t in self.compiled.tables]
         self._weights = [_layout(w, device) for w in self.compiled.weights]
-        widest = max((padded(hi - lo) for _, lo, hi in self.compiled.step.state_tiles()), default=1)
-        self.block, self.warps = (LANES, 4) if self.compiled.scalar else (ROWS, max(1, min(16, ROWS * widest // (32 * EACH))))
+        self.block, self.warps = tile_of(self.compiled)
 
     @property
     def source(self) -> str:
@@ -155,6 +154,14 @@ class TritonKernel:
         from seqparc.codegen.gpugap import gap
 
         return gap(start, end, sizes, atol, rtol)
+
+
+def tile_of(source: TritonSource) -> tuple[int, int]:
+    """(lanes, warps) of a program of a kernel."""
+    if source.scalar:
+        return LANES, 4
+    widest = max((padded(hi - lo) for _, lo, hi in source.step.state_tiles()), default=1)
+    return ROWS, max(1, min(16, ROWS * widest // (32 * EACH)))
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -247,7 +247,7 @@ _UNITS: dict[str, tuple[str, ...]] = {
 
 
 def bound(
-    loop_counts: Mapping[str, int], elements_per_thread: int, bytes_per_element: float, target: str | Target, double: bool = False
+    loop_counts: Mapping[str, int], elements_per_thread: float, bytes_per_element: float, target: str | Target, double: bool = False
 ) -> tuple[str, float]:
     """The unit that limits a loop, and the seconds per element which that unit needs with the whole card at work.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import seqparc
 from seqparc import store
 from seqparc.errors import SeqparcError, ToolchainError
 from seqparc.options import ENVIRONMENT, environment
+from seqparc.runtime.engine import Engine
 from seqparc.runtime.module import CompiledRNN
 from seqparc.tree import flatten
 
@@ -80,6 +83,8 @@ def validate(args: argparse.Namespace) -> int:
 def emit(args: argparse.Namespace) -> int:
     rnn = load(args.target)
     x = inputs(args.input, rnn)
+    if args.card:
+        return emit_offline(rnn, x, args.card, args.json)
     y, last = rnn(x)
     total = torch.stack([t.sum() for t in (*flatten(y)[0], *flatten(last)[0])]).sum()
     if total.requires_grad:  # the backward kernel is made when it is needed
@@ -89,6 +94,27 @@ def emit(args: argparse.Namespace) -> int:
         print(json.dumps([{"name": rnn.name, "backend": b, "direction": d, "source": s} for (b, d), s in kernels.items()], indent=2))
     else:
         print("\n".join(f"// {rnn.name}, {direction}, {backend} backend\n{source}" for (backend, direction), source in kernels.items()))
+    return 0
+
+
+def emit_offline(rnn: CompiledRNN, x: Any, card: str, as_json: bool) -> int:
+    """The GPU kernels of a cell, compiled for a card that need not be there, and what they use on it."""
+    from seqparc.codegen import offline
+
+    rnn = copy.copy(rnn)  # the same cell, with nothing made for it yet
+    rnn.options = replace(rnn.options, backend="triton")
+    engine = rnn.engine(x)  # makes the plan; kernels are made when they are called
+    if not isinstance(engine, Engine):
+        raise SeqparcError(f"{rnn.name} is not compiled and has no kernels: {engine}")
+    plan, precision = engine.plan, engine.options.precision
+    found = {direction: offline.inspect(p, plan.dtype, card, precision) for direction, p in offline.programs(plan).items()}
+    if as_json:
+        told = [{**report.as_dict(), "name": rnn.name, "backend": "triton", "direction": d} for d, report in found.items()]
+        print(json.dumps(told, indent=2))
+    else:
+        for direction, report in found.items():
+            print(f"# {rnn.name}, {direction}, triton backend\n{report.source}")
+            print("\n".join(f"# {line}" for line in (f"{direction} on {report.target}, {report.dtype}:", *report.lines())), end="\n\n")
     return 0
 
 
@@ -142,7 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return p
 
     command("explain", explain, "how a cell was taken apart, what was proved, how it runs", True)
-    command("emit", emit, "the generated kernels of a cell", True)
+    kernels = command("emit", emit, "the generated kernels of a cell", True)
+    kernels.add_argument(
+        "--target", dest="card", metavar="CARD",
+        help="GPU kernels, with what they use on a card: sm_80, sm_90 or gfx942; needs Triton, and no GPU",
+    )  # fmt: skip
     check = command("validate", validate, "values and gradients against the plain loop in float64", True)
     check.add_argument("--no-grad", action="store_true", help="values only")
     command("doctor", doctor, "what this machine offers, and whether a kernel works on it", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import sympy
 from rich.table import Table
 
 from seqparc import ir
-from seqparc.errors import SeqparcError
+from seqparc.errors import SeqparcError, ToolchainError
 from seqparc.passes import derivative, symbolic
 from seqparc.plan import Plan, Stats
 from seqparc.report import rendered
@@ -22,6 +23,8 @@ from seqparc.runtime.module import CompiledRNN
 
 #: Jacobian entries shown one by one.
 SHOWN = 16
+#: The card that GPU kernels are looked at on, whatever card there is.
+CARD = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
         *([("entries of one lane", tuple(f"{name} = {_readable(e)}" for name, e in entries[:SHOWN]) + _more(entries))] if entries else []),
         ("strategy", _strategy(engine)),
         ("kernels", _kernels(engine)),
+        *([("GPU kernel", told)] if (told := _gpu(engine)) else []),
         *([("notes", tuple(plan.notes))] if plan.notes else []),
     ]
     return Explanation(rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), engine.stats)
@@ -198,3 +202,20 @@ def _kernels(engine: Engine) -> tuple[str, ...]:
         return (f"none yet; the {engine.backends[0][0]} backend makes them when they are first needed",)
     lines = [f"{direction} on {backend}: {len(k.source.splitlines())} lines" for direction, (backend, k) in engine.kernels.items()]
     return (*lines, f"{engine.compile_seconds:.2f} s from the cell to the kernels")
+
+
+def _gpu(engine: Engine) -> tuple[str, ...]:
+    """What the Triton kernels made so far use, or would the forward one: to compile those that nobody wants may take long."""
+    if engine.backends[0][0] != "triton" or importlib.util.find_spec("triton") is None:
+        return ()
+    from seqparc.codegen import offline
+
+    lines: list[str] = []
+    for direction, program in offline.programs(engine.plan).items():
+        if direction in (engine.kernels or ("forward",)):
+            try:
+                told = offline.inspect(program, engine.plan.dtype, CARD, engine.options.precision).lines()
+            except ToolchainError as error:
+                told = [str(error)]
+            lines += [f"{direction} on {CARD}:", *(f"  {line}" for line in told)]
+    return tuple(lines)

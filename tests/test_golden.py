@@ -1,4 +1,4 @@
-"""The generated C, word for word: a change of it is seen and read. `python -m tests.test_golden` writes it anew."""
+"""The generated C and Triton, word for word: a change of it is seen and read. `python -m tests.test_golden` writes it anew."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import seqparc
+from seqparc.codegen import sweep
 from seqparc.codegen.c import emit
 from seqparc.plan import Plan
 
@@ -45,23 +47,76 @@ class Dense(nn.Module):
         return torch.tanh(h @ self.w + x)
 
 
+class GRU(nn.Module):
+    """Of groups of units that never meet; of one group it is dense, of groups of one unit elementwise."""
+
+    def __init__(self, groups: int, units: int) -> None:
+        super().__init__()
+        self.hidden_size, self.shape = groups * units, (groups, units)
+        self.u = nn.Parameter(torch.ones(3, groups, units, units))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        x, s = x.unflatten(-1, (3, *self.shape)), h.unflatten(-1, self.shape)
+        z = torch.sigmoid(x[:, 0] + torch.einsum("bgi,gij->bgj", s, self.u[0]))
+        r = torch.sigmoid(x[:, 1] + torch.einsum("bgi,gij->bgj", s, self.u[1]))
+        c = torch.tanh(x[:, 2] + torch.einsum("bgi,gij->bgj", r * s, self.u[2]))
+        return (z * s + (1 - z) * c).flatten(1)
+
+
+class LSTM(nn.Module):
+    """A dense one; its input comes already multiplied."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.ones(units, 4 * units))
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        zero = self.u.new_zeros(batch, len(self.u))
+        return zero, zero
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        i, f, g, o = (x + h @ self.u).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
 CELLS = {"leaky": (Leaky, 12), "dense": (Dense, 20)}
+GPU_CELLS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "elementwise_gru": (lambda: GRU(8, 1), 24),
+    "block_gru": (lambda: GRU(2, 16), 96),
+    "dense_gru": (lambda: GRU(1, 16), 48),
+    "lstm": (lambda: LSTM(16), 64),
+}
+
+
+def planned(cell: nn.Module, inputs: int, backend: str) -> Plan:
+    engine = seqparc.compile(cell, backend=backend).engine(torch.zeros(1, 1, inputs))
+    assert not isinstance(engine, str) and engine is not None
+    return engine.plan
 
 
 def generated(name: str) -> dict[str, str]:
     make, inputs = CELLS[name]
-    engine = seqparc.compile(make(), backend="torch").engine(torch.zeros(1, 1, inputs))
-    assert not isinstance(engine, str) and engine is not None
-    plan: Plan = engine.plan
+    plan = planned(make(), inputs, "torch")
     header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
     programs = {"forward": plan.program, "backward": plan.adjoint().program, "forward diagonal": plan.jacobian("forward", "diagonal")}
     texts = {f"{name} {which}.c".replace(" ", "_"): emit(p, double=False).text for which, p in programs.items()}
     return {file: re.sub(r"(test_golden\.py):\d+", r"\1", text.replace(header, "@SIMD@\n")) for file, text in texts.items()}
 
 
-@pytest.mark.parametrize("name", CELLS)
+def generated_triton(name: str) -> dict[str, str]:
+    make, inputs = GPU_CELLS[name]
+    text = sweep.emit(planned(make(), inputs, "triton").program, double=False).text
+    return {f"{name}_forward.py.txt": re.sub(r"(test_golden\.py):\d+", r"\1", text)}
+
+
+FILES = dict.fromkeys(CELLS, generated) | dict.fromkeys(GPU_CELLS, generated_triton)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_generated_code_is_as_it_was(name: str) -> None:
-    for file, text in generated(name).items():
+    for file, text in FILES[name](name).items():
         assert text == (FOLDER / file).read_text(), f"{file} has changed; if it should, run python -m tests.test_golden and read the diff"
 
 
@@ -85,6 +140,6 @@ def test_it_compiles_for_every_vector_width(compiler: str, machine: str, tmp_pat
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for cell in CELLS:
-        for path, source in generated(cell).items():
+    for name, make_files in FILES.items():
+        for path, source in make_files(name).items():
             (FOLDER / path).write_text(source)
