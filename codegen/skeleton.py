@@ -97,7 +97,10 @@ double seqparc_gap(const real* start, const real* end, const real* sizes, int64_
                    double* worst) {
   double largest = 0, few[64] = {0};
   double* const most = numbers <= 64 ? few : (double*)__builtin_calloc(numbers, sizeof(double));
-  if (!most) return NAN;
+  if (!most) {  // no memory to judge by: nothing has converged
+    for (int64_t c = 1; c < chunks; c++) worst[c - 1] = INFINITY;
+    return INFINITY;
+  }
   for (int64_t c = 1; c < chunks; c++) {
     double here = 0;
     for (int64_t i = 0; i < numbers; i++) {
