@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from seqparc import ir
-from seqparc.codegen.tiles import Read, Step, Weight, names, padded, step
+from seqparc.codegen.tiles import Read, Step, Weight, padded, step
 from seqparc.ir import Program
 
 #: Steps that a scalar kernel reads ahead, as a read takes as long as several of them; and the most operations of a step for that: the loop
@@ -95,7 +95,6 @@ class _Frame:
         self.outputs: list[int] = []
         self.turned: list[str] = []
         self.ahead = AHEAD if self.scalar and len(made.lines) <= SHORT else 1
-        self.pointers: dict[tuple[str, object], str] = {}  # (tensor, how the lane enters) -> pointer of every lane
         self.offsets = np.concatenate([[0], np.cumsum(self.program.state_sizes)])
 
     # -- addresses -------------------------------------------------------------------------------------------------------
@@ -179,7 +178,7 @@ class _Frame:
         self.outputs = sorted({s.slot for s in self.program.emits})
         result = {name: f"r{i}" for i, name in enumerate(self.step.returned())}
         body = ["live = k < length"]
-        body += [f"{names(list(result.values()))} = step(", *_wrapped([*self.arguments(), "BLOCK"]), ")"]
+        body += [f"{', '.join(result.values())} = step(", *_wrapped([*self.arguments(), "BLOCK"]), ")"]
         for s in self.outputs:
             body += ["if OUT:", f"    if y{s} is not None:", f"        y{s}_p = y{s} + (y{s}_o + k * y{s}_s)"]
             for w in self.step.results:
@@ -198,7 +197,7 @@ class _Frame:
         for n, lo, _ in self.step.state_tiles():
             lately = f"tl.maximum(tl.abs(s{n}_{lo}), m{n}_{lo} * 0.5)"
             body += [f"    m{n}_{lo} = tl.where({self.rows('live')}, {lately}, m{n}_{lo})"]
-        body += [f"return {names(self.carried())}"]
+        body += [f"return {', '.join(self.carried())}"]
         tables = sorted(set(re.findall(r"\bT\d+\b", "\n".join(body))))
         given = [*self.carried(), *self.step.reads, *self.step.weights]
         outputs = [f"y{s}{part}" for s in self.outputs for part in ("", "_o", "_s")]
@@ -219,7 +218,7 @@ class _Frame:
             lines += [f"{name}_{u} = {self.stream_load(r, str(u))}" for name, r in streams]
             body += [f"{name} = {name}_{u}" for name, _ in streams]
             body += [f"{name}_{u} = {self.stream_load(r, following)}" for name, r in streams]
-            body += [f"{names(self.carried())} = turn(", *_wrapped([at, *self.turned[1:], str(out), "SIZES", "BLOCK"]), ")"]
+            body += [f"{', '.join(self.carried())} = turn(", *_wrapped([at, *self.turned[1:], str(out), "SIZES", "BLOCK"]), ")"]
         about = "  # each step's inputs are read that many steps ahead, so that memory is not waited for"
         return [*lines, f"for k in range(0, tl.max(length, 0), {self.ahead}):{about}", *("    " + line for line in body)]
 
@@ -334,7 +333,7 @@ def emit(program: Program, double: bool, precision: str = "ieee") -> TritonSourc
     head = _HEAD.format(name=program.name, lanes=program.lanes, n=program.n, dtype="float64" if double else "float32")
     text = [head.rstrip("\n"), "", "", "@triton.jit", "def step(", *_wrapped([*frame.arguments(), "BLOCK: tl.constexpr"]), "):"]
     text += ["    " + line for line in made.lines]
-    text += [f"    return {names(made.returned())}", "", "", "@triton.jit", *turn, "", ""]
+    text += [f"    return {', '.join(made.returned())}", "", "", "@triton.jit", *turn, "", ""]
     # One kernel for all sizes, strides and addresses: their types are given, and their values are not compiled in.
     signature = frame.signature("fp64" if double else "fp32")
     numbers = [name for name, kind in signature.items() if kind in ("i32", "i64")]

@@ -9,7 +9,7 @@ their own, so that no tile is ever taken apart.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -293,8 +293,3 @@ def padded(width: int) -> int:
 
 def _number(value: float) -> str:
     return f"float('{value}')" if value != value or value in (float("inf"), float("-inf")) else repr(value)
-
-
-def names(items: Sequence[str]) -> str:
-    """A tuple as Python writes it without brackets; one thing is itself."""
-    return ", ".join(items)
