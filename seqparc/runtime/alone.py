@@ -27,7 +27,7 @@ class Unseen(Outcome):
     tolerance: float = 0.0
     worst: Tensor | None = None  # the largest gap after each pass, in tolerances
     marks: Tensor | None = None  # [passes, 1 + chunks, batch]; the last row 0: chunks of each sample that the sequential kernel finished
-    done: Any = field(default=None, repr=False)  # a CUDA event
+    done: Any = field(default=None, repr=False)  # a CUDA event; none in a CUDA graph
 
     def ready(self) -> bool:
         return self.done is None or self.done.query()
@@ -40,7 +40,8 @@ class Unseen(Outcome):
             self.gaps = [w * self.tolerance for w in worst[: self.passes]]
             self.converged = left == 0
             self.fallback = None if self.converged else f"the last {left} chunks of a sample had not settled after {self.passes} passes"
-            self.worst = self.marks = None
+            if self.done is not None or not self.worst.is_cuda:  # else a graph's, whose next replay has other figures
+                self.worst = self.marks = None
         return self
 
 

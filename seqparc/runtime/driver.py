@@ -97,6 +97,9 @@ class Problem:
     correction: Callable[[str], tuple[Kernel, np.ndarray]] | None = None
 
 
+NOTHING = torch.empty(0)
+
+
 @dataclass
 class Outcome:
     end: Tensor
@@ -114,6 +117,12 @@ class Outcome:
     def seen(self) -> Outcome:
         """With everything known."""
         return self
+
+    def taken(self) -> tuple[Tensor, list[Tensor]]:
+        """The last state and the sums, which what is kept of the run then no longer holds."""
+        end, sums = self.end, self.sums
+        self.end, self.sums = NOTHING, []
+        return end, sums
 
 
 def solve(p: Problem, cut: Cut) -> Outcome:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
+from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.spans import cut_evenly
 
 #: A start state has converged when it moves by at most this many rounding units, by chunk length. A state that remembers M steps holds the
@@ -33,19 +34,9 @@ LONG = 32
 #: Times that for states that do remember more than a chunk: half of sqrt(length) is one standard deviation of what rounding moves, and the
 #: largest of many moves is about four.
 SLACK = 4.0
-#: A longer warm-up is worth having if it makes the first gap this many times smaller.
-WORTH = 4
-#: Or if all passes together take this many times fewer steps.
-CHEAPER = 1.1
-#: A gap that a longer warm-up does not make smaller is rounding if it is at most this many units, and is then taken for converged.
-FLOOR = 64
 #: Of so many runs that nobody watched one is looked at afterwards.
 LOOK = 16
-#: Calls after which a shape that was better run sequentially is tried again.
-RETRY = 100
 
-#: Direction, batch, and how many bits the number of steps has: what experience is shared by.
-Shape = tuple[str, int, int]
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
 
 
@@ -66,36 +57,6 @@ def uncast(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-@dataclass
-class Experience:
-    """What earlier runs of one shape and direction have taught: the warm-up, whether a longer one would help, and the passes it takes.
-
-    floor: the gap that rounding leaves, 0 if not known. Two start states far apart, those of half and of the whole warm-up, end as
-    far from the truth as each other; what they have in common is not where they began.
-    """
-
-    warmup: int
-    gap: float  # after the first pass, with half the warm-up
-    settled: bool = False
-    passes: float = 1
-    cost: float = math.inf  # in steps of a pass, with half the warm-up
-    floor: float = 0.0
-    calls: int = 0
-
-    def learn(self, outcome: Outcome, warmup: int, length: int, most: float) -> None:
-        """From a run of more than one pass over chunks of `length` steps. `most`: the largest floor that is believed."""
-        passes = outcome.passes if outcome.converged else math.inf
-        cost = passes * length + warmup
-        if self.settled:
-            self.passes = passes
-        elif outcome.gaps[0] * WORTH <= self.gap or cost * CHEAPER <= self.cost:
-            self.warmup, self.gap, self.cost = max(1, warmup) * 2, outcome.gaps[0], cost
-        else:
-            self.warmup, self.settled = max(1, warmup) // 2, True
-            floor = max(self.gap, outcome.gaps[0])
-            self.floor = min(2 * floor, most) if floor <= most else 0.0
-
-
 class Engine:
     """Kernels of one plan on one backend, made when first needed."""
 
@@ -109,6 +70,7 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
+        self._indices: dict[Any, Tensor] = {}
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
 
@@ -174,8 +136,8 @@ class Engine:
         made = self.kernel(f"{direction} {update}", self.plan.jacobian(direction, update), device)[1]
         return made, self.plan.place if update == "exact" else self.plan.place.reshape(-1, 1)
 
-    def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> Outcome:
-        """Run one recurrence: decide, cut, solve, remember."""
+    def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Tensor, list[Tensor]]:
+        """Run one recurrence: decide, cut, solve, remember. The last state [batch, numbers] and the sums [chunks, batch, numbers]."""
         name, kernel = self.kernels.get(direction) or self.kernel(direction, program, start.device)
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, direction, start.device)
@@ -183,21 +145,28 @@ class Engine:
         passes = self._unwatched(shape, cut) if hasattr(kernel, "alone") else 0
         if passes:
             outcome: Outcome = solve_alone(p, cut, passes)
-            self.sure[shape] = cut, passes, outcome
+            if not self.capturing():  # a graph's figures are those of its last replay, and teach nothing
+                self.sure[shape] = cut, passes, outcome
         else:
             outcome = self._watched(p, shape, choice, cut)
         self.last[direction] = name, choice, cut, outcome
-        return outcome
+        return outcome.taken()
+
+    @staticmethod
+    def capturing() -> bool:
+        """Whether a CUDA graph is being made, in which nothing can be waited for."""
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def _unwatched(self, shape: Shape, cut: Cut) -> int:
         """Passes to enqueue without waiting for them, 0 to wait."""
         if self.options.on_divergence != "sequential" or len(cut.spans) == 1 or cut.updates[0] != "none":
             return 0
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         before: Any
-        known, passes, before = self.sure.get(shape, (None, MOST_PASSES, None))
-        if capturing:
+        known, passes, before = self.sure.get(shape, (None, min(MOST_PASSES, cut.max_passes or MOST_PASSES), None))
+        if self.capturing():
             return passes
+        if self.options.deterministic:  # watched and unwatched runs go on with other chunks, and so round differently
+            return 0
         self.unwatched += 1
         # To look costs as much as a launch, so after the first runs it is done now and then.
         look = isinstance(before, Unseen) and (before.worst is None or self.unwatched < 4 or self.unwatched % LOOK == 0)
@@ -254,11 +223,8 @@ class Engine:
     ) -> Tensor:
         """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state."""
         self.last.pop("backward", None)
-        outcome = self.solve(
-            "forward", self.plan.program, _whole(start), steps,
-            streams=streams, params=params, emits=emits,
-        )  # fmt: skip
-        return outcome.end
+        self.own = None
+        return self.solve("forward", self.plan.program, _whole(start), steps, streams=streams, params=params, emits=emits)[0]
 
     # -- backward --------------------------------------------------------------------------------------------------------
 
@@ -276,7 +242,7 @@ class Engine:
             (g_last.new_empty if filled == 1 else g_last.new_zeros)(batch, steps, size) if filled else None
             for filled, size in zip(program.filled, program.emit_sizes, strict=True)
         ]
-        outcome = self.solve(
+        end, sums = self.solve(
             "backward", program, g_last, steps, streams=[*streams, *before, *g_states],
             params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
         )  # fmt: skip
@@ -286,17 +252,23 @@ class Engine:
             assert out is not None
             if not e.direct:
                 wide = out.new_zeros(batch, steps, streams[e.target].shape[-1])
-                out = wide.index_add_(-1, _flat(e.columns, out.device), out)
+                out = wide.index_add_(-1, self._at(e.columns, out.device), out)
             g_streams[e.target] = out
         g_params: list[Tensor | None] = [None] * len(params)
         for e in adjoint.params:
-            total = outcome.sums[e.slot].sum((0, 1))
+            total = sums[e.slot].sum((0, 1))
             if not e.direct:
-                total = total.new_zeros(params[e.target].numel()).index_add_(0, _flat(e.columns, total.device), total)
+                total = total.new_zeros(params[e.target].numel()).index_add_(0, self._at(e.columns, total.device), total)
             g_params[e.target] = _plus(g_params[e.target], total)
         for o in adjoint.outers:
             g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, [*streams, *before], params))
-        return outcome.end, g_streams, g_params
+        return end, g_streams, g_params
+
+    def _at(self, index: Any, device: torch.device) -> Tensor:
+        """An index of the plan as torch wants it, flat."""
+        if (index, device) not in self._indices:
+            self._indices[index, device] = torch.from_numpy(index.array.reshape(-1).astype(np.int64)).to(device)
+        return self._indices[index, device]
 
     def _outer(self, o: Any, emits: Sequence[Tensor | None], streams: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         """Σ over steps and samples of delta xᵀ, put where the weight's elements lie."""
@@ -312,7 +284,7 @@ class Engine:
             given = streams[-1 - o.x]
             x = given.reshape(d.shape[0], -1)
             if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
-                x = x.index_select(-1, _flat(o.columns, x.device))
+                x = x.index_select(-1, self._at(o.columns, x.device))
             x = x.reshape(d.shape[0], lanes, -1)
         if lanes == 1:
             m = (d[:, 0].t() @ x[:, 0])[None]
@@ -322,20 +294,14 @@ class Engine:
         if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
             picked = m
         else:
-            at = _flat(o.ix, m.device).clamp_min(0).reshape(ix.shape)
+            at = self._at(o.ix, m.device).clamp_min(0).reshape(ix.shape)
             picked = m.gather(2, at.expand(lanes, -1, -1))
         target = o.target.array.reshape(-1)
         size = params[o.param].numel()
         if np.array_equal(target, np.arange(size)):
             return picked.reshape(-1)
-        to = _flat(o.target, picked.device)  # past the end is what is left out
+        to = self._at(o.target, picked.device)  # past the end is what is left out
         return picked.new_zeros(size + 1).index_add_(0, torch.where(to < 0, size, to), picked.reshape(-1))[:size]
-
-
-@functools.lru_cache(1024)
-def _flat(index: Any, device: torch.device) -> Tensor:
-    """An index of the plan as torch wants it."""
-    return torch.from_numpy(index.array.reshape(-1).astype(np.int64)).to(device)
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:
