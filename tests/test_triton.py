@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import seqparc
+from seqparc.codegen.launcher import Launcher
+from seqparc.codegen.sweep import emit
 
 pytest.importorskip("triton")
 
@@ -105,6 +108,46 @@ for name in ("elementwise GRU", "RNN tanh", "sLSTM"):
 print("exact")
 """
 
+GAP = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import warnings
+import torch
+from seqparc.codegen.gpugap import gap, measure
+from seqparc.runtime.interpreter import TorchKernel
+
+warnings.simplefilter("ignore", RuntimeWarning)  # infinities meet on purpose
+single, double = torch.float32, torch.float64
+for chunks, batch, row, dtype in ((2, 1, 1, single), (7, 3, 5, double), (60, 2, 40, double), (1500, 1, 1, double)):
+    torch.manual_seed(chunks)
+    shape = chunks, batch, row
+    start, end = (torch.randn(shape, dtype=dtype) * 10 ** torch.randn(shape, dtype=dtype) for _ in range(2))
+    near = torch.rand(chunks - 1, batch, row) < 0.9
+    start[1:][near] = (end[:-1] * (1 + 1e-7 * torch.randn(chunks - 1, batch, row, dtype=dtype)))[near]
+    sizes = end.abs() * torch.rand(shape, dtype=dtype) * 3
+    for special in (None, (float("nan"), float("nan")), (float("nan"), 1.0), (float("inf"), float("inf")), (float("inf"), 1.0)):
+        if special is not None:
+            end[chunks // 2 - 1, 0, 0], start[chunks // 2, 0, 0] = special
+        right = TorchKernel.gap(None, start, end, sizes, 1e-12, 1e-7)
+        found = gap(start, end, sizes, 1e-12, 1e-7)
+        torch.testing.assert_close(found[1], right[1].double(), rtol=2e-6 if dtype == torch.float32 else 1e-12, atol=0)
+        assert found[0] == float(found[1].max())
+        # The same marked: what moved, by sample, and how much of a sample is left from there.
+        begun, worst, marks = start.clone(), torch.zeros(2, dtype=torch.float64), torch.zeros(2, chunks + 1, batch, dtype=torch.int32)
+        measure(begun, end, sizes, 1e-12, 1e-7, worst, marks, (chunks + 1) * batch)
+        one = [[t[:, b : b + 1].clone() for t in (start, end, sizes)] for b in range(batch)]
+        moved = torch.stack([gap(*ts, 1e-12, 1e-7)[1] > 1 for ts in one], 1)
+        assert worst[0] == 0 and worst[1] == found[0] and not marks[0].any() and not marks[1, 1].any()
+        assert torch.equal(marks[1, 2:].bool(), moved)
+        for b in range(batch):
+            assert int(marks[1, 0, b]) == (chunks - 1 - int(moved[:, b].nonzero()[0]) if moved[:, b].any() else 0)
+        changed = (begun != start) & ~(begun.isnan() & start.isnan())
+        replaced, ends = begun[1:][changed[1:]], end[:-1][changed[1:]]
+        assert not changed[0].any() and torch.equal(replaced.nan_to_num(7), ends.nan_to_num(7))
+        assert torch.equal(changed[1:].any(2), moved)
+print("equal")
+"""
+
 GROUPS = [
     ("elementwise GRU", "IndRNN", "minGRU", "sLSTM", "affine", "RNN tanh"),
     ("GRU", "RNN relu", "sparse", "block GRU"),
@@ -140,3 +183,38 @@ def test_without_a_gpu_it_is_said_what_there_is_instead() -> None:
         rnn = seqparc.compile(nn.RNNCell(3, 4), backend="triton")
         rnn(torch.randn(1, 3, 3))
     assert rnn.stats.backend == "torch"
+
+
+def test_the_gap_is_the_torch_backends() -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", GAP], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
+
+
+def test_a_later_launch_gives_the_compiled_kernel_what_the_first_gave_triton() -> None:
+    given: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args: given.append((grid, *args))
+
+    class Function:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> Compiled:
+                given.append(((*grid, 1, 1), *args, *constants.values()))
+                return Compiled()
+
+            return launch
+
+    launch, x = Launcher(Function()), torch.zeros(3)
+    for _ in range(2):
+        launch(5, (x, None, 7), {"LEAD": True, "BLOCK": 64}, 4)
+    launch(5, (x, x, 7), {"LEAD": True, "BLOCK": 64}, 4)
+    assert all(a is b or a == b for a, b in zip(given[0], given[1], strict=True)) and len(launch.made) == 2
+
+
+def test_constants_are_the_last_parameters_of_a_kernel() -> None:
+    engine = seqparc.compile(nn.RNNCell(3, 12), backend="triton").engine(torch.zeros(1, 1, 3))
+    assert engine is not None and not isinstance(engine, str)
+    kinds = emit(engine.plan.program, double=False).signature
+    assert [name for name, kind in kinds.items() if kind == "constexpr"] == list(kinds)[-4:] == ["LEAD", "SIZES", "FINISH", "BLOCK"]
