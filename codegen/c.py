@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from seqparc import ir
 from seqparc.codegen.pack import ROWS, Packed, pack
 from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, schedule
+from seqparc.codegen.window import windows
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 
@@ -56,6 +57,7 @@ class _Printer:
         self.scalar = all(v.size == 1 for v in ir.topological(self.program.outputs))
         self.groups: dict[tuple[str, int, object], int] = {}  # offset arrays: (kind, slot, how the lane enters)
         self.param_regs: dict[ir.Leaf, int] = {}
+        self.windows = windows(self.program, self.scalar)
         # Vector programs: stream elements as arrays of the step, and emits kept until its end where they are written in rows.
         self.loads = {} if self.scalar else {v: i for i, v in enumerate(ir.leaves(self.program.outputs, "stream"))}
         self.kept: dict[int, str] = {}
@@ -130,6 +132,9 @@ class _Printer:
                     if self.scalar:
                         group, offset, mode = self.lane_group("x", slot, index.array)
                         text = f"LOAD_{mode}(x{slot} + {offset} + k * x{slot}_t, o{group} + u * W)"
+                        if f"x{slot}" in self.windows:
+                            memo[key] = f"x{slot}_w[x{slot}_k + {offset}][u]"
+                            return memo[key]
                     else:
                         text = f"l{self.loads[value]}[{self.position(position)}][u]"
                         memo[key] = text
@@ -207,6 +212,8 @@ class _Printer:
                     return [f"EACH e{t.number}[{at}][u] = {name};"] if self.kept[t.number] == f"e{t.number}" else []
                 if self.scalar:
                     group, offset, mode = self.lane_group("y", s.slot, index)
+                    if f"y{s.slot}" in self.windows:
+                        return [f"EACH y{s.slot}_w[y{s.slot}_k + {offset}][u] = {name};"]
                     return [f"if (out && y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
                 at = f"y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t"
                 return [f"if (out && y{s.slot}) EACH STORE_ANY({at}, y{s.slot}_o + u * W, {name});"]

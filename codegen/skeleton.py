@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seqparc import ir
+from seqparc.codegen import window
 
 if TYPE_CHECKING:
     from seqparc.codegen.c import _Printer
@@ -209,12 +210,21 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     for name, size in states:
         main.append(f"vf m_{name}[{size}][U_MOST]; {_for(size)}EACH m_{name}[{_i(size)}][u] = sp_abs({name}[{_i(size)}][u]);")
     main += [f"vf {name}[{size}][U_MOST];" for name, size in (*arrays, *following)]
+    main += [f"vf {name}_w[{n} * W][U_MOST];" for name, n in p.windows.items()]
+    if p.windows:
+        out.append(window.HELPERS)
+    window_of = {
+        name: f"{name}, {name}_t, o{p.groups[name[0], int(name[1:]), 0]}, {n}, k, shortest, longest" for name, n in p.windows.items()
+    }  # fmt: skip
     step = [
         "const int full = k < shortest;",
         "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
         *p.load_lines(),
+        *(f"load_window({given}, {name}_w, U);" for name, given in window_of.items() if name.startswith("x")),
+        *(f"const int64_t {name}_k = in_window(k, {name}_t, {n});" for name, n in p.windows.items()),
         *body,
         *p.store_lines(),
+        *(f"if (out && {name}) store_window({given}, length, {name}_w, U);" for name, given in window_of.items() if name.startswith("y")),
         *(
             f"{_for(size)}EACH {s}[{_i(size)}][u] = full ? {n}[{_i(size)}][u] : sp_where(live[u], {n}[{_i(size)}][u], {s}[{_i(size)}][u]);"
             for (s, size), (n, _) in zip(states, following, strict=True)

@@ -63,7 +63,7 @@ print("untouched")
 """
 
 
-@pytest.mark.parametrize("name", ["elementwise GRU", "layer norm GRU", "GRU", "two levels"])
+@pytest.mark.parametrize("name", ["elementwise GRU", "layer norm GRU", "GRU", "two levels", "RNN relu"])
 def test_kernels_stay_inside(name: str) -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", SCRIPT, name], cwd=root, capture_output=True, text=True)
