@@ -111,7 +111,7 @@ def truth(cell: Any, case: Case, x: Tensor, most: int = 4000) -> Tensor:
 
 
 def measure(case: Case, repeats: int, tick: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows of one case: systems take turns, so that a slow moment of the machine hits all of them."""
+    """Rows of one case: systems and directions take turns, so that a slow moment of the machine hits all of them."""
     systems = subjects(case)
     right = truth(systems[0].cell, case, systems[0].x)
     rows = []
@@ -129,8 +129,8 @@ def measure(case: Case, repeats: int, tick: Callable[[str], None]) -> list[dict[
                 s.forward()
                 if s.backward:
                     s.both()
-    for what in ("fwd", "fwd+bwd"):
-        for turn in range(repeats):
+    for turn in range(repeats):
+        for what in ("fwd", "fwd+bwd"):
             for s in systems:
                 if (turn == 0 or not s.once) and (what == "fwd" or s.backward):
                     s.take(what)

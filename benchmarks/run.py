@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 ROOT = Path(__file__).parent
@@ -129,16 +129,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[tuple[Case, list[dict[str, Any]]]] = []
     compile_rows: list[dict[str, Any]] = []
     verdicts: list[dict[str, Any]] = []
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+    # Drawn when something has been done and not by a thread beside it, which would be timed too.
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(chosen) + len(compiled))
+
+        def tick(text: str) -> None:
+            progress.update(task, description=text, refresh=True)
+
         for case in chosen:
-            rows = measure(case, 2 if args.quick else args.repeats, lambda text: progress.update(task, description=text))
+            rows = measure(case, 2 if args.quick else args.repeats, tick)
             results.append((case, rows))
             verdicts += judge(case, rows)
             progress.console.print(speed_table(case, rows))
             progress.advance(task)
         for name in compiled:
-            progress.update(task, description=f"compile times: {name}")
+            tick(f"compile times: {name}")
             compile_rows.append(compile_times(name, lengths))
             progress.advance(task)
     if compile_rows:
