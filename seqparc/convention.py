@@ -61,6 +61,10 @@ class Convention:
         """Whether the leaves of x are arguments of their own."""
         return any(w.startswith("x.") for w in self.order)
 
+    def unflatten(self, outputs: Sequence[Any], last: Sequence[Any]) -> tuple[Any, Any]:
+        """(y, last) as the user gets them, from their leaves."""
+        return (self.state if self.out is None else self.out).unflatten(outputs), self.state.unflatten(last)
+
     def invoke(self, cell: Any, x: Sequence[Any], state: Sequence[Any]) -> Any:
         """What the cell returns, as it is."""
         given = {"x": (x, self.inputs), "state": (state, self.state)}

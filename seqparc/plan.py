@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from seqparc.ir import Program
 
@@ -51,7 +52,9 @@ class Plan:
             t = get()
             if t.shape != shape or t.dtype != dtype:
                 return True
-        return any((t := self.attributes[name]()).requires_grad or not torch.equal(t, v) for name, v in self.frozen.items())
+        frozen = [(self.attributes[name](), value) for name, value in self.frozen.items()]
+        # While a model is exported its tensors hold no numbers; the operator that the graph holds asks again.
+        return any(t.requires_grad or not (isinstance(t, FakeTensor) or torch.equal(t, v)) for t, v in frozen)
 
     @functools.cached_property
     def place(self) -> np.ndarray:

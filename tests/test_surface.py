@@ -253,20 +253,3 @@ def test_shell_doctor_and_cache(capsys: pytest.CaptureFixture[str]) -> None:
 def test_shell_names_what_is_wrong(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", target, "--input", "1,2,3"]) == 2
     assert target.split(":")[0].split(".")[-1] in capsys.readouterr().err
-
-
-def test_torch_compile_takes_a_compiled_cell_as_it_is() -> None:
-    torch.manual_seed(0)
-    rnn, head = seqparc.compile(nn.GRUCell(3, 8)), nn.Linear(8, 2)
-    model = nn.Sequential(nn.Tanh())
-
-    def whole(x: Tensor) -> Tensor:
-        return head(rnn(model(x))[0])
-
-    x = torch.randn(2, 40, 3, requires_grad=True)
-    right = whole(x)
-    found = torch.compile(whole, backend="eager")(x)
-    torch.testing.assert_close(found, right)
-    wanted = [x, *rnn.parameters()]
-    for mine, correct in zip(torch.autograd.grad(found.sum(), wanted), torch.autograd.grad(right.sum(), wanted), strict=True):
-        torch.testing.assert_close(mine, correct)

@@ -8,6 +8,7 @@ import gc
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -36,6 +37,9 @@ LONG = 32
 SLACK = 4.0
 #: Of so many runs that nobody watched one is looked at afterwards.
 LOOK = 16
+
+#: All that are there.
+ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
 
@@ -73,6 +77,7 @@ class Engine:
         self._indices: dict[Any, Tensor] = {}
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
+        ENGINES.add(self)
 
     def kernel(self, direction: str, program: Program, device: torch.device) -> tuple[str, Kernel]:
         """The kernel of a program on the first backend that takes it; said once if that is not the first."""
@@ -333,14 +338,20 @@ class Solve(torch.autograd.Function):
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
         with uncast(room[0].device.type), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
-            g_states = [
-                _unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(grads[:n_state], before, strict=True)
-            ]
             g_last = _whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
-            g_start, g_streams, g_params = ctx.engine.backward(before, streams, params, g_states, g_last)
-            shaped = [None if g is None else g.view(p.shape) for g, p in zip(g_params, params, strict=True)]
-            results = (None, None, None, *parts(g_start, start), *g_streams, *shaped)
+            results = (None, None, None, *gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last))
         return once(results, tensors) if torch.is_grad_enabled() else results
+
+
+def gradients(
+    engine: Engine, start: Sequence[Tensor], before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor],
+    g_states: Sequence[Tensor | None], g_last: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the start state per slot, the streams and the parameters, from those of the states after each step and of the last."""
+    given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
+    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last)
+    shaped = [None if g is None else g.view(p.shape) for g, p in zip(g_params, params, strict=True)]
+    return [*parts(g_start, start), *g_streams, *shaped]
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
@@ -353,8 +364,8 @@ def parts(whole: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     return (whole,) if len(like) == 1 else whole.split_with_sizes([s.shape[1] for s in like], -1)
 
 
-def _unit(g: Tensor) -> Tensor:
-    """A cotangent with a unit last stride."""
+def unit(g: Tensor) -> Tensor:
+    """A tensor with a unit last stride, as kernels read it."""
     return g if g.stride(-1) == 1 or g.shape[-1] == 1 else g.contiguous()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +23,9 @@ from seqparc.runtime.run import run
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
 TOOLS: dict[str, Callable[..., Any]] = {}
-
-
-def _opaque(rnn: CompiledRNN, *args: Any) -> Any:
-    """A call under torch.compile: what is compiled already is called as it is, and the graph goes on after it."""
-    torch._dynamo.graph_break()
-    return torch.compiler.disable(CompiledRNN.forward)(rnn, *args)
+#: All that are there, by the number that a call which is being traced gives for them.
+MODULES: weakref.WeakValueDictionary[int, CompiledRNN] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 class Call(NamedTuple):
@@ -75,6 +73,8 @@ class CompiledRNN(nn.Module):
         self._first: tuple[Tensor, ...] = ()  # the first parameter, which stands for where the cell is and its dtype
         self._engines: dict[Any, Engine | str] = {}
         self._last: Engine | Stats = Stats()
+        MODULES[number := next(_NUMBERS)] = self
+        self._number = number
 
     @property
     def stats(self) -> Stats:
@@ -83,7 +83,7 @@ class CompiledRNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         keep = dict(self.__dict__)
-        for name in ("_understood", "_first", "_engines", "_last"):
+        for name in ("_understood", "_first", "_engines", "_last", "_number"):
             keep.pop(name, None)
         return keep
 
@@ -105,10 +105,12 @@ class CompiledRNN(nn.Module):
         Returns (y, last). Raises ShapeError for an input of the wrong shape, dtype or device, and what `seqparc.compile`
         documents for cells that cannot be compiled.
         """
-        if torch.compiler.is_compiling():
-            return _opaque(self, x, state, lengths, reset)
         if lengths is not None or reset is not None:
             raise SeqparcError("lengths= and reset= are not supported yet; pad, run, and mask the outputs")
+        if torch.compiler.is_compiling():
+            from seqparc.runtime import traced
+
+            return traced.call(self, x, state)
         call = self._call(x, state)
         leaves, convention, start, _ = call
         engine = self._engine(call)
@@ -118,8 +120,7 @@ class CompiledRNN(nn.Module):
         else:
             outputs, last = self._run(engine, convention, leaves, start)
             self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
-        y_structure = convention.state if convention.out is None else convention.out
-        return y_structure.unflatten(outputs), convention.state.unflatten(last)
+        return convention.unflatten(outputs, last)
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
         """One step, for streaming and decoding: x_t [batch, ...] -> (y_t, state)."""
@@ -132,8 +133,7 @@ class CompiledRNN(nn.Module):
         """The plain loop over the cell itself: the oracle."""
         leaves, convention, start = self.understand(x, state)
         outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
-        y_structure = convention.state if convention.out is None else convention.out
-        return y_structure.unflatten(outputs), convention.state.unflatten(last)
+        return convention.unflatten(outputs, last)
 
     def validate(
         self, x: Any, state: Any = None, grad: bool = True, reference_dtype: torch.dtype = torch.float64
@@ -230,6 +230,7 @@ class CompiledRNN(nn.Module):
         convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known.convention
         keep = fixed and not any(t.requires_grad for t in start)
         self._first = tuple(itertools.islice(self.parameters(), 1))
+        about = (*about[:-1], (self._first[0].dtype, self._first[0].device) if self._first else None)
         self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start))
         return Call(leaves, convention, start, self._understood[about].about)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqparc.plan import StateShape
 from seqparc.runtime.engine import Engine, Solve, parts, uncast
+from seqparc.runtime.operator import number, solve
 
 
 class Run(NamedTuple):
@@ -19,12 +20,15 @@ class Run(NamedTuple):
     last: list[Tensor]
 
 
-def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
-    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable."""
+def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, Tensor] | None = None) -> Run:
+    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable.
+
+    traced: in torch.compile, by id of the cell's own tensors those that stand for them in the graph.
+    """
     device = x[0].device.type
     if torch.is_autocast_enabled(device):
         with uncast(device):
-            return run(engine, x, start)
+            return run(engine, x, start, traced)
     plan = engine.plan
     batch, steps = x[0].shape[:2]
     values: dict[Any, Any] = {("batch",): batch * steps}
@@ -32,7 +36,8 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     def value(key: Any) -> Any:
         if key not in values:
             if key[0] == "attr":
-                values[key] = plan.attributes[key[1]]()
+                own = plan.attributes[key[1]]()
+                values[key] = own if traced is None else traced[id(own)]
             elif key[0] == "x":
                 values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
         return values[key]
@@ -47,7 +52,10 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     streams = [_ready(s, plan.dtype) for s in streams]
     params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in weights]
     flat = [s if s.dim() == 2 and s.dtype == plan.dtype else s.reshape(batch, -1).to(plan.dtype) for s in start]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*flat, *streams, *params)):
+    if traced is not None:
+        *flat_states, end = solve(flat, streams, params, number(engine), steps)
+        flat_last = parts(end, flat)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (*flat, *streams, *params)):
         engine.begin_backward(flat[0].device)
         results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
         flat_states, flat_last = results[: len(flat)], results[len(flat) :]

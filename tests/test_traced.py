@@ -1,0 +1,197 @@
+"""Compiled cells in graphs of torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqparc
+from seqparc.tree import flatten
+
+
+class Named(nn.Module):
+    """A dict for a state and a constant for a mask; the output is not the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(7, 4)
+        self.register_buffer("keep", torch.tensor([1.0, 0.5, 0.0, 1.0]))
+
+    def init_state(self, batch: int) -> dict[str, Tensor]:
+        return {"slow": self.mix.weight.new_zeros(batch, 4), "fast": self.mix.weight.new_ones(batch, 4)}
+
+    def forward(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        fast = torch.tanh(self.mix(torch.cat((x, state["slow"]), -1))) * self.keep
+        slow = 0.9 * state["slow"] + 0.1 * fast
+        return fast * torch.exp(-x.square().mean(-1, keepdim=True)), {"slow": slow, "fast": fast}
+
+
+CELLS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "GRU": (lambda: nn.GRUCell(3, 8), ("tensor",)),
+    "LSTM": (lambda: nn.LSTMCell(3, 6), ("pair",)),
+    "named": (Named, ("dict",)),
+}
+
+
+def _state(kind: str, batch: int) -> Any:
+    if kind == "tensor":
+        return torch.randn(batch, 8)
+    a, b = (torch.randn(batch, 6 if kind == "pair" else 4) for _ in range(2))
+    return (a, b) if kind == "pair" else {"slow": a, "fast": b}
+
+
+def _gradients(call: Callable[..., Any], rnn: nn.Module, x: Tensor, state: Any) -> list[Tensor]:
+    results = [t for part in call(x, state) for t in flatten(part)[0]]
+    loss = sum(((k + 1) * r.sin()).sum() for k, r in enumerate(results))
+    assert isinstance(loss, Tensor)
+    wanted = [x, *(flatten(state)[0] if state is not None else ()), *rnn.parameters()]
+    return [*results, *torch.autograd.grad(loss, wanted)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_graph_holds_a_compiled_cell_without_a_break(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    make, (kind,) = CELLS[name]
+    rnn, head = seqparc.compile(make()), nn.Linear(3, 3)
+
+    def whole(x: Tensor, state: Any) -> Any:
+        y, last = rnn(head(x).tanh(), state)
+        return 2 * y, last
+
+    compiled = torch.compile(whole, backend=backend, fullgraph=True)
+    for batch, steps in ((2, 40), (2, 57), (3, 200)):  # the later ones with sizes that are not known when traced
+        x = torch.randn(batch, steps, 3, requires_grad=True)
+        states = [_state(kind, batch)] if name == "named" else [None, _state(kind, batch)]
+        for state in states:
+            if state is not None:
+                for t in flatten(state)[0]:
+                    t.requires_grad_()
+            for mine, right in zip(_gradients(compiled, rnn, x, state), _gradients(whole, rnn, x, state), strict=True):
+                torch.testing.assert_close(mine, right)
+    assert rnn.stats.chunk_length > 1 and rnn.stats.backward is not None
+
+
+def test_new_weights_are_seen_by_an_old_graph() -> None:
+    torch._dynamo.reset()
+    rnn, x = seqparc.compile(nn.RNNCell(3, 4)), torch.randn(1, 9, 3)
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    with torch.no_grad():
+        for p in rnn.parameters():
+            p.mul_(-0.5)
+    torch.testing.assert_close(compiled(x)[0], rnn.sequential(x)[0])
+
+
+def test_an_exported_model_holds_a_compiled_cell() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = seqparc.compile(nn.GRUCell(3, 5)), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0])  # type: ignore[no-any-return]
+
+    model = Model()
+    given = (torch.randn(2, 30, 3),)
+    with pytest.raises(seqparc.SeqparcError, match="call the model once"):  # its parameters hold no numbers while it is exported
+        torch.export.export(model, given, strict=False)
+    with pytest.raises(Exception, match="with strict=False"):
+        torch.export.export(model, given, strict=True)
+    model(torch.randn(2, 12, 3))
+    time = torch.export.Dim("time", min=2, max=10_000)
+    exported = torch.export.export(model, given, dynamic_shapes=({1: time},), strict=False)
+    assert any("seqparc.solve" in str(n.target) for n in exported.graph.nodes)
+    for steps in (30, 77):
+        x = torch.randn(2, steps, 3)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_where_a_graph_cannot_hold_a_cell_it_goes_on_after_it() -> None:
+    torch._dynamo.reset()
+    w = torch.randn(4, requires_grad=True)
+    rnn = seqparc.compile(lambda x, h: torch.tanh(x + w * h), state=torch.zeros(4))
+    compiled = torch.compile(lambda x: rnn(x + 1)[0] * 2, backend="eager")
+    x = torch.randn(2, 12, 4, requires_grad=True)
+    found, right = compiled(x), rnn.sequential(x + 1)[0] * 2
+    torch.testing.assert_close(found, right)
+    for mine, correct in zip(torch.autograd.grad(found.sum(), [x, w]), torch.autograd.grad(right.sum(), [x, w]), strict=True):
+        torch.testing.assert_close(mine, correct)
+
+
+def test_what_a_graph_cannot_hold_is_said() -> None:
+    class Unknown(nn.Module):
+        hidden_size = 4
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return torch.linalg.qr(x[:, :, None] * h[:, None] + torch.eye(4))[1].sum(-1).tanh()
+
+    torch._dynamo.reset()
+    rnn, x = seqparc.compile(Unknown()), torch.randn(2, 5, 4)
+    with pytest.warns(seqparc.SeqparcWarning, match="runs as the plain loop"), pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(rnn, backend="eager", fullgraph=True)(x)
+    with pytest.raises(seqparc.SeqparcError, match=r"cannot hold calls of Unknown: .*qr"):
+        torch.export.export(rnn, (x,), strict=False)
+    torch.testing.assert_close(torch.compile(lambda x: rnn(x)[0], backend="eager")(x), rnn.sequential(x)[0])
+
+
+@pytest.mark.parametrize("bad", [lambda: (torch.randn(2, 9, 3), torch.randn(3, 8)), lambda: (torch.randn(9, 0, 3), None)])
+def test_shapes_are_checked_while_tracing(bad: Callable[[], tuple[Tensor, Any]]) -> None:
+    torch._dynamo.reset()
+    rnn = seqparc.compile(nn.GRUCell(3, 8))
+    with pytest.raises(Exception, match="agree about batch"):
+        torch.compile(rnn, backend="eager")(*bad())
+
+
+LOADED = """
+import sys, torch, seqparc
+from torch import nn
+exported, x = torch.export.load(sys.argv[1]).module(), torch.ones(2, 30, 3)
+try:
+    exported(x)
+except seqparc.SeqparcError as error:
+    print("refused" if "not there" in str(error) else error)
+torch.manual_seed(1)
+rnn, other = seqparc.compile(nn.GRUCell(3, 5)), seqparc.compile(nn.GRUCell(3, 5, bias=False))
+with torch.no_grad():
+    other(x)
+    try:
+        exported(x)
+    except seqparc.SeqparcError as error:
+        print("refused again" if "not there" in str(error) else error)
+    rnn(x)
+    rnn.load_state_dict(exported.state_dict())
+    torch.testing.assert_close(exported(x)[0], rnn.sequential(x)[0])
+print("loaded")
+"""
+
+
+def test_a_loaded_graph_finds_the_same_cell_or_none(tmp_path: Path) -> None:
+    rnn = seqparc.compile(nn.GRUCell(3, 5))
+    rnn(torch.randn(2, 30, 3))
+    torch.export.save(torch.export.export(rnn, (torch.randn(2, 30, 3),), strict=False), tmp_path / "cell.pt2")
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "cell.pt2")], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:3] == ["refused", "refused again", "loaded"], done.stdout + done.stderr[-3000:]
+
+
+def test_autocast_around_a_graph() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    rnn, x = seqparc.compile(nn.GRUCell(3, 8)), torch.randn(2, 40, 3)
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, right = compiled(x)[0], rnn(x)[0]
+    assert found.dtype == right.dtype
+    torch.testing.assert_close(found, right)
