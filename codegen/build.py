@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -46,8 +47,8 @@ class Key:
         return h.hexdigest()
 
 
-def load(source: str) -> tuple[ctypes.CDLL, Path]:
-    """The compiled library of a source, from the cache if it is there, and where its source lies."""
+def load(source: str, parts: tuple[int, ...] = (1,)) -> tuple[ctypes.CDLL, Path]:
+    """The compiled library of a source, from the cache if it is there, and where its source lies. `parts` are compiled side by side."""
     command, version = compiler()
     key = Key(source, f"{command} {version}", FLAGS, _machine()).digest()
     folder = store.folder()
@@ -57,7 +58,7 @@ def load(source: str) -> tuple[ctypes.CDLL, Path]:
 
         with filelock.FileLock(str(folder / f"{key}.lock")):
             if not _intact(path):
-                _compile(command, source, path)
+                _compile(command, source, parts, path)
     try:
         return ctypes.CDLL(str(path)), path.with_suffix(".c")
     except OSError as error:
@@ -72,13 +73,13 @@ def _intact(path: Path) -> bool:
         return False
 
 
-def _compile(compiler: str, source: str, path: Path) -> None:
+def _compile(compiler: str, source: str, parts: tuple[int, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
         text, made = Path(work, "kernel.c"), Path(work, "kernel.so")
         text.write_text(source)
-        command, done = _run(compiler, FLAGS, text, made)
+        command, done = _build(compiler, FLAGS, text, parts, made)
         if done.returncode and "omp" in done.stderr:  # clang without its OpenMP library
-            command, done = _run(compiler, tuple(f for f in FLAGS if f != "-fopenmp"), text, made)
+            command, done = _build(compiler, tuple(f for f in FLAGS if f != "-fopenmp"), text, parts, made)
             if not done.returncode:
                 warnings.warn(f"{compiler} has no OpenMP library, so kernels run in one thread", SeqparcWarning, stacklevel=2)
         if done.returncode or not made.exists():
@@ -92,12 +93,26 @@ def _compile(compiler: str, source: str, path: Path) -> None:
         os.replace(Path(work, "kernel.sha256"), path.with_suffix(".sha256"))  # last: it says the object is whole
 
 
-def _run(compiler: str, flags: tuple[str, ...], text: Path, made: Path) -> tuple[tuple[str, ...], subprocess.CompletedProcess[str]]:
-    command = (compiler, *flags, str(text), "-o", str(made), "-lm")
+Ran = tuple[tuple[str, ...], subprocess.CompletedProcess[str]]
+
+
+def _build(compiler: str, flags: tuple[str, ...], text: Path, parts: tuple[int, ...], made: Path) -> Ran:
+    """The command that failed or was the last, and how it went."""
+    if len(parts) == 1:
+        return _run((compiler, *flags, str(text), "-o", str(made), "-lm"))
+    objects = [str(made.with_suffix(f".{part}.o")) for part in parts]
+    commands = [(compiler, *flags, "-c", f"-DPART={part}", str(text), "-o", o) for part, o in zip(parts, objects, strict=True)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        ran = list(pool.map(_run, commands))
+    failed = [r for r in ran if r[1].returncode]
+    return failed[0] if failed else _run((compiler, *flags, *objects, "-o", str(made), "-lm"))
+
+
+def _run(command: tuple[str, ...]) -> Ran:
     try:
         return command, subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise ToolchainError(f"the C compiler {compiler} cannot be run: {error}", command) from error
+        raise ToolchainError(f"the C compiler {command[0]} cannot be run: {error}", command) from error
 
 
 @functools.cache

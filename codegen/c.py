@@ -42,6 +42,11 @@ class CSource:
     scalar: bool
     width: int  # vectors per tile
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """What can be compiled apart, by -DPART=: the tiles of so many vectors."""
+        return (1,) if self.width == 1 else (self.width, 1)
+
 
 @dataclass
 class _Printer:

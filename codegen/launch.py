@@ -28,7 +28,7 @@ class CKernel:
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype
         self.compiled: CSource = emit(program, dtype is torch.float64)
-        library, self.path = load(self.compiled.text)
+        library, self.path = load(self.compiled.text, self.compiled.parts)
         self._run, self._gap = library.seqparc_run, library.seqparc_gap
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None

@@ -90,6 +90,13 @@ for (int l = 1; l < U * W; l++) {
   if (length[l] > longest) longest = length[l];
 }""".split("\n")
 
+#: A compiler takes most of its time for the tiles.
+_PART = """\
+// -DPART=u compiles the tiles of u vectors alone, so that all can be compiled side by side; what is not of tiles goes with those of one.
+#ifndef PART
+#define PART 0
+#endif"""
+
 _GAP = """
 // How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
 // size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
@@ -255,7 +262,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     out += p.declared  # now that every address is made
     out += ["", "// One tile: U vectors of W lanes.", "INLINE void tile(const int64_t* args, int64_t block, const int U) {"]
     out += ["  " + line if not line.startswith("#") else line for line in main]
-    out += ["}", _GAP, *_entry(p, width)]
+    out += ["}", "", *_entry(p, width)]
     return "\n".join(out) + "\n"
 
 
@@ -315,17 +322,24 @@ def _entry(p: _Printer, width: int) -> list[str]:
     else:
         count = ["  const int64_t vectors = (args[0] * args[1] + W - 1) / W;"]
         blocks = "(vectors + {u} - 1) / {u} * " + str(lanes)
-    lines = ["// Vectors of lanes in hardware, and vectors per tile.", "int seqparc_width(void) { return W; }"]
-    lines += ["int seqparc_tile(void) { return U_MOST; }", "", "void seqparc_run(const int64_t* args) {"]
-    lines += ["  const int threads = (int)args[2];", *count]
-    choices = [1, width] if width != 1 else [1]
-    for i, u in enumerate(reversed(choices)):
-        condition = f"if (vectors >= {u} * threads{'' if p.scalar else ' || vectors > 1'})" if u != 1 else "else" if i else ""
+    choices = [width, 1] if width != 1 else [1]
+    lines = _PART.split("\n")
+    for u in choices:
+        head = f"void seqparc_tiles_{u}(const int64_t* args, int64_t blocks, int threads)"
         lines += [
-            f"  {condition} {{",
-            f"    const int64_t blocks = {blocks.format(u=u)};",
-            "    #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)",
-            f"    for (int64_t block = 0; block < blocks; block++) tile(args, block, {u});",
-            "  }",
+            f"#if PART == 0 || PART == {u}",
+            f"{head} {{",
+            "  #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)",
+            f"  for (int64_t block = 0; block < blocks; block++) tile(args, block, {u});",
+            "}",
+            "#else",
+            f"{head};",
+            "#endif",
         ]
-    return [*lines, "}"]
+    lines += ["#if PART == 0 || PART == 1", *_GAP.split("\n"), "// Vectors of lanes in hardware, and vectors per tile."]
+    lines += ["int seqparc_width(void) { return W; }", "int seqparc_tile(void) { return U_MOST; }", ""]
+    lines += ["void seqparc_run(const int64_t* args) {", "  const int threads = (int)args[2];", *count]
+    for u in choices:
+        condition = f"if (vectors >= {u} * threads{'' if p.scalar else ' || vectors > 1'}) " if u != 1 else "else " if width != 1 else ""
+        lines += [f"  {condition}seqparc_tiles_{u}(args, {blocks.format(u=u)}, threads);"]
+    return [*lines, "}", "#endif"]

@@ -182,6 +182,28 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
 #undef G
 }
 
+// -DPART=u compiles the tiles of u vectors alone, so that all can be compiled side by side; what is not of tiles goes with those of one.
+#ifndef PART
+#define PART 0
+#endif
+#if PART == 0 || PART == 2
+void seqparc_tiles_2(const int64_t* args, int64_t blocks, int threads) {
+  #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
+  for (int64_t block = 0; block < blocks; block++) tile(args, block, 2);
+}
+#else
+void seqparc_tiles_2(const int64_t* args, int64_t blocks, int threads);
+#endif
+#if PART == 0 || PART == 1
+void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads) {
+  #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
+  for (int64_t block = 0; block < blocks; block++) tile(args, block, 1);
+}
+#else
+void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads);
+#endif
+#if PART == 0 || PART == 1
+
 // How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
 // size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
 // `numbers` of a whole batch.
@@ -217,14 +239,7 @@ int seqparc_tile(void) { return U_MOST; }
 void seqparc_run(const int64_t* args) {
   const int threads = (int)args[2];
   const int64_t vectors = (args[0] * args[1] + W - 1) / W;
-  if (vectors >= 2 * threads || vectors > 1) {
-    const int64_t blocks = (vectors + 2 - 1) / 2 * 1;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) tile(args, block, 2);
-  }
-  else {
-    const int64_t blocks = (vectors + 1 - 1) / 1 * 1;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) tile(args, block, 1);
-  }
+  if (vectors >= 2 * threads || vectors > 1) seqparc_tiles_2(args, (vectors + 2 - 1) / 2 * 1, threads);
+  else seqparc_tiles_1(args, (vectors + 1 - 1) / 1 * 1, threads);
 }
+#endif

@@ -170,6 +170,28 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
 #undef G
 }
 
+// -DPART=u compiles the tiles of u vectors alone, so that all can be compiled side by side; what is not of tiles goes with those of one.
+#ifndef PART
+#define PART 0
+#endif
+#if PART == 0 || PART == 4
+void seqparc_tiles_4(const int64_t* args, int64_t blocks, int threads) {
+  #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
+  for (int64_t block = 0; block < blocks; block++) tile(args, block, 4);
+}
+#else
+void seqparc_tiles_4(const int64_t* args, int64_t blocks, int threads);
+#endif
+#if PART == 0 || PART == 1
+void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads) {
+  #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
+  for (int64_t block = 0; block < blocks; block++) tile(args, block, 1);
+}
+#else
+void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads);
+#endif
+#if PART == 0 || PART == 1
+
 // How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
 // size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
 // `numbers` of a whole batch.
@@ -209,14 +231,7 @@ void seqparc_run(const int64_t* args) {
 #else
   const int64_t vectors = (args[0] * args[1] * 12 + W - 1) / W;
 #endif
-  if (vectors >= 4 * threads) {
-    const int64_t blocks = (vectors + 4 - 1) / 4;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) tile(args, block, 4);
-  }
-  else {
-    const int64_t blocks = (vectors + 1 - 1) / 1;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) tile(args, block, 1);
-  }
+  if (vectors >= 4 * threads) seqparc_tiles_4(args, (vectors + 4 - 1) / 4, threads);
+  else seqparc_tiles_1(args, (vectors + 1 - 1) / 1, threads);
 }
+#endif
