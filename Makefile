@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: test demo lint bench nightly clean
+.PHONY: test demo lint bench nightly oldest clean
 
 test: .venv/stamp
 	$(PY) -m pytest
@@ -22,6 +22,12 @@ bench: .venv/stamp
 
 nightly: .venv/stamp
 	$(PY) -m pytest -m nightly
+
+# The oldest Triton we support, beside the newest: with it there the interpreter's tests run on one, and what compiles on the other.
+oldest: .venv/oldest
+
+.venv/oldest: .venv/stamp
+	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0 "numpy<2.4"  # whose interpreter knows no later numpy
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,16 @@ from seqparc.codegen.sweep import emit
 
 pytest.importorskip("triton")
 
-SCRIPT = """
-import os, sys, warnings
+ROOT = Path(__file__).parent.parent
+VERSION = """
+import os
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import triton
+print("triton", triton.__version__)
+"""
+
+SCRIPT = """
+import sys, warnings
 import numpy as np, torch
 import seqparc
 from tests.cells import CELLS
@@ -65,8 +73,6 @@ print("equal")
 """
 
 ALONE = """
-import os
-os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import seqparc
 from tests.cells import CELLS
@@ -109,8 +115,6 @@ print("exact")
 """
 
 GAP = """
-import os
-os.environ["TRITON_INTERPRET"] = "1"
 import warnings
 import torch
 from seqparc.codegen.gpugap import gap, measure
@@ -148,6 +152,23 @@ for chunks, batch, row, dtype in ((2, 1, 1, single), (7, 3, 5, double), (60, 2, 
 print("equal")
 """
 
+RANDOM = """
+import sys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.test_random_cells import QUIET, check, recipes
+
+
+@settings(max_examples=int(sys.argv[1]), **QUIET)
+@given(recipes(5), st.sampled_from(["sequential", "shooting"]))
+def hold(recipe, strategy):
+    check(recipe, "triton", strategy)
+
+
+hold()
+print("held")
+"""
+
 GROUPS = [
     ("elementwise GRU", "IndRNN", "minGRU", "sLSTM", "affine", "RNN tanh"),
     ("GRU", "RNN relu", "sparse", "block GRU"),
@@ -156,17 +177,23 @@ GROUPS = [
 ]
 
 
+
+def interpreted(script: str, says: str, *args: str) -> None:
+    """Run a script under Triton's interpreter, by the oldest Triton we support where that is installed beside the newest."""
+    oldest = ROOT / ".venv" / "oldest"
+    env = {**os.environ, "PYTHONPATH": str(oldest)} if oldest.exists() else dict(os.environ)
+    done = subprocess.run([sys.executable, "-c", VERSION + script, *args], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and says in done.stdout, done.stdout[-1500:] + done.stderr[-5000:]
+    assert not oldest.exists() or "triton 3.6" in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize("names", GROUPS, ids=lambda g: g[0])
 def test_every_cell_runs_as_the_torch_backend_does(names: tuple[str, ...]) -> None:
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
+    interpreted(SCRIPT, "equal", *names)
 
 
 def test_a_run_that_nobody_watches_is_as_exact() -> None:
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", ALONE], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "exact" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
+    interpreted(ALONE, "exact")
 
 
 def test_weights_that_do_not_fit_on_the_chip_are_said_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +213,7 @@ def test_without_a_gpu_it_is_said_what_there_is_instead() -> None:
 
 
 def test_the_gap_is_the_torch_backends() -> None:
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", GAP], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
+    interpreted(GAP, "equal")
 
 
 def test_a_later_launch_gives_the_compiled_kernel_what_the_first_gave_triton() -> None:
@@ -218,3 +243,8 @@ def test_constants_are_the_last_parameters_of_a_kernel() -> None:
     assert engine is not None and not isinstance(engine, str)
     kinds = emit(engine.plan.program, double=False).signature
     assert [name for name, kind in kinds.items() if kind == "constexpr"] == list(kinds)[-4:] == ["LEAD", "SIZES", "FINISH", "BLOCK"]
+
+
+@pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.nightly)])
+def test_cells_nobody_wrote_run_as_the_plain_loop_does(examples: int) -> None:
+    interpreted(RANDOM, "held", str(examples))
