@@ -65,13 +65,13 @@ class TritonKernel:
             return -(-_multiprocessors(self.device) * RESIDENT // (batch * lanes))
         return -(-self.block * -(-_multiprocessors(self.device) // lanes) // batch)
 
-    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Parameters as the kernel reads them, weights in tiles; once per call."""
+    def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """See `seqparc.runtime.driver.Kernel`. Weights become tiles; streams of 16 bits are read as they are."""
         given = [p if p.is_contiguous() else p.contiguous() for p in params]
         for w, (index, holes) in zip(self.compiled.weights, self._weights, strict=True):
             weight = given[w.slot].view(-1).index_select(0, index)
             given.append(weight if holes is None else weight.masked_fill_(holes, 0))
-        return given
+        return given, list(streams)
 
     def sweep(
         self,

@@ -50,13 +50,13 @@ class CKernel:
             return -(-threads * tile // (batch * lanes))
         return -(-tile * -(-threads // lanes) // batch)  # a tile of a vector program holds one of its lanes
 
-    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Parameters as the kernel reads them; once per call."""
+    def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """See `seqparc.runtime.driver.Kernel`."""
         given = [p if p.is_contiguous() else p.contiguous() for p in params]
         for about, index, holes in zip(self.compiled.packed, self._pack_index, self._holes, strict=True):
             weight = given[about.slot].view(-1).index_select(0, index.clamp_min(0))
             given.append(weight.masked_fill_(index < 0, 0) if holes else weight)
-        return given
+        return given, [x if x.dtype == self.dtype else x.to(self.dtype) for x in streams]
 
     def sweep(
         self,

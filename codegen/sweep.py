@@ -165,7 +165,7 @@ class _Frame:
         mask = self.mask(r.index.shape[1], f"({k} < length)")
         step = "" if k == "0" else f" + x{r.slot}_s" if k == "1" else f" + {f'({k})' if '+' in k else k} * x{r.slot}_s"
         pointer = f"(x{r.slot}_p{step})" if step else f"x{r.slot}_p"
-        return f"tl.load({self.plus(pointer, r.index.array)}, mask={mask}, other=0.0)"
+        return f"tl.load({self.plus(pointer, r.index.array)}, mask={mask}, other=0.0).to(DT)"  # it may have 16 bits
 
     def carried(self) -> list[str]:
         """What goes from turn to turn: the state, its sizes, and the sums."""

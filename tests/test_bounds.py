@@ -41,7 +41,7 @@ p = plan(sys.argv[1])
 for program in (p.program, p.adjoint().program):
     kernel = CKernel(program, torch.float64)
     n, written = sum(program.state_sizes), {s.slot for s in program.emits}
-    params = kernel.prepare([torch.rand(s, dtype=torch.float64) for s in program.param_sizes])
+    params = kernel.prepare([torch.rand(s, dtype=torch.float64) for s in program.param_sizes], [])[0]
     no_emits, no_sums = [None] * len(program.emit_sizes), [None] * len(program.sum_sizes)
     for at_end in (False, True):
         for backwards in (False, True):

@@ -153,7 +153,7 @@ def run(program: ir.Program, state: Tensor, streams: list[Tensor], params: list[
     kernel = TorchKernel(program, torch.float64)
     emits = [torch.zeros(len(state), 1, n, dtype=torch.float64) for n in program.emit_sizes]
     sums = [None] * len(program.sum_sizes)
-    end = kernel.sweep(Spans(np.zeros(1, np.int64), np.ones(1, np.int64)), state[None], streams, kernel.prepare(params), emits, sums)
+    end = kernel.sweep(Spans(np.zeros(1, np.int64), np.ones(1, np.int64)), state[None], streams, kernel.prepare(params, [])[0], emits, sums)
     return end[0], emits
 
 
@@ -319,7 +319,7 @@ def test_a_kernel_leads_up_to_its_chunks(name: str, backend: str, backwards: boo
     kernel = {"c": CKernel, "torch": TorchKernel}[backend](p.program, torch.float64)
     n, t0, length, lead = sum(p.program.state_sizes), np.array([0, 5, 12]), np.array([5, 7, 8]), np.array([0, 4, 9])
     _, streams, params = inputs_of(p.program, 2)
-    streams, weights = [torch.randn(2, 20, x.shape[-1], dtype=torch.float64) for x in streams], kernel.prepare(params)
+    streams, weights = [torch.randn(2, 20, x.shape[-1], dtype=torch.float64) for x in streams], kernel.prepare(params, [])[0]
     start, nothing = torch.randn(3, 2, n, dtype=torch.float64), [None] * len(p.program.emit_sizes)
     reached = torch.zeros_like(start)
     end = kernel.sweep(Spans(t0, length, lead), start, streams, weights, nothing, [], backwards, reached)
@@ -342,7 +342,7 @@ def test_a_kernel_says_how_large_the_state_was_lately(name: str, backend: str) -
     states = [torch.zeros(2, steps, size, dtype=torch.float64) for size in p.program.emit_sizes]
     start = torch.randn(2, 2, n, dtype=torch.float64) * 5
     sizes = torch.empty_like(start)
-    kernel.sweep(Spans(t0, length), start, streams, kernel.prepare(params), states, [], sizes=sizes)
+    kernel.sweep(Spans(t0, length), start, streams, kernel.prepare(params, [])[0], states, [], sizes=sizes)
     for c, count in enumerate(length.tolist()):
         seen = [start[c], *torch.cat(states, -1)[:, t0[c] : t0[c] + count].unbind(1)]
         right = torch.stack([s.abs() / 2 ** (len(seen) - 1 - k) for k, s in enumerate(seen)]).amax(0)

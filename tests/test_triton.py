@@ -152,6 +152,30 @@ for chunks, batch, row, dtype in ((2, 1, 1, single), (7, 3, 5, double), (60, 2, 
 print("equal")
 """
 
+HALF = """
+import torch
+import seqparc
+from tests.cells import CELLS
+
+for name in ("elementwise GRU", "minGRU", "RNN tanh"):
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        cell, results = CELLS[name].make().to(dtype), {}
+        x = torch.randn(2, 23, CELLS[name].inputs, dtype=dtype, requires_grad=True)
+        for backend in ("triton", "torch"):
+            rnn = seqparc.compile(cell, backend=backend, options={"strategy": "shooting", "chunks": 3, "warmup": 4})
+            y, last = rnn(x)
+            results[backend] = [y, last, *torch.autograd.grad(y.sum() + last.sum(), [x, *cell.parameters()])]
+            assert all(t.dtype == dtype for t in results[backend]) and rnn.stats.backend == backend
+            if backend == "triton":  # that is what the kernels were given, and not a copy in float32
+                for _, kernel in rnn.engine().kernels.values():
+                    assert any(dtype in key[0] for key in kernel._run.made), (name, list(kernel._run.made))
+        for mine, right in zip(*results.values(), strict=True):
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(mine, right, rtol=4 * eps, atol=4 * eps * float(right.abs().max()))
+print("halved")
+"""
+
 RANDOM = """
 import sys
 from hypothesis import given, settings
@@ -248,3 +272,7 @@ def test_constants_are_the_last_parameters_of_a_kernel() -> None:
 @pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_cells_nobody_wrote_run_as_the_plain_loop_does(examples: int) -> None:
     interpreted(RANDOM, "held", str(examples))
+
+
+def test_sixteen_bits_are_read_as_they_are() -> None:
+    interpreted(HALF, "halved")

@@ -50,8 +50,9 @@ def solve_alone(p: Problem, cut: Cut, passes: int) -> Unseen:
     kernel: Any = p.kernel
     sums = [p.start.new_empty(len(cut.spans), p.start.shape[0], n) for n in p.sum_sizes]
     start = p.start if p.start.is_contiguous() else p.start.contiguous()
+    params, streams = kernel.prepare(p.params, p.streams)
     end, worst, marks = kernel.alone(
-        cut.spans, start, p.streams, kernel.prepare(p.params), p.emits, sums, p.backwards, passes, cut.atol, cut.rtol
+        cut.spans, start, streams, params, p.emits, sums, p.backwards, passes, cut.atol, cut.rtol
     )  # fmt: skip
     outcome = Unseen(end, sums, tolerance=cut.rtol or cut.atol, worst=worst, marks=marks)
     if start.is_cuda and not torch.cuda.is_current_stream_capturing():

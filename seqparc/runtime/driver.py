@@ -39,8 +39,8 @@ class Kernel(Protocol):
     def chunks_wanted(self, batch: int) -> int:
         """Chunks of a batch that fill the device, at least 1."""
 
-    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Parameters as `sweep` wants them."""
+    def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and streams as `sweep` wants them, once per run. Streams may come in 16 bits."""
 
     def sweep(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
@@ -130,7 +130,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     spans, chunks = cut.spans, len(cut.spans)
     batch = p.start.shape[0]
     shape = chunks, *p.start.shape
-    params = p.kernel.prepare(p.params)
+    params, streams = p.kernel.prepare(p.params, p.streams)
     sums = [p.start.new_empty(chunks, batch, n) for n in p.sum_sizes]
 
     def sweep(which: np.ndarray, start: Tensor, reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         part = [z.new_empty(len(which), *z.shape[1:]) for z in sums] if some else sums
         picked = spans if reached is not None or (spans.lead is None and not some) else spans.pick(which)
         sizes = p.start.new_empty(shape if not some else (len(which), *shape[1:]))
-        end = p.kernel.sweep(picked, start, p.streams, params, p.emits, part, p.backwards, reached, sizes)
+        end = p.kernel.sweep(picked, start, streams, params, p.emits, part, p.backwards, reached, sizes)
         if some:
             at = torch.from_numpy(which).to(start.device)
             for z, new in zip(sums, part, strict=True):
@@ -160,7 +160,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     warm = spans.lead is not None
     if warm and newton is not None:  # whose Jacobians begin where the warm-up ends
         nothing = [None] * len(p.emits)
-        p.kernel.sweep(spans.before, p.start, p.streams, params, nothing, [None] * len(sums), p.backwards, start)
+        p.kernel.sweep(spans.before, p.start, streams, params, nothing, [None] * len(sums), p.backwards, start)
         warm = False
     end = sizes = start  # until the first sweep
     near = False
@@ -204,16 +204,18 @@ def solve(p: Problem, cut: Cut) -> Outcome:
                     best=start,
                     gap=outcome.gap,
                 )
-            return _finish(p, cut, params, outcome, first_moved + 1, end[first_moved])
+            return _finish(p, cut, params, streams, outcome, first_moved + 1, end[first_moved])
     outcome.end = end.select(0, -1)
     return outcome
 
 
-def _finish(p: Problem, cut: Cut, params: Sequence[Tensor], outcome: Outcome, first: int, start: Tensor) -> Outcome:
+def _finish(
+    p: Problem, cut: Cut, params: Sequence[Tensor], streams: Sequence[Tensor], outcome: Outcome, first: int, start: Tensor
+) -> Outcome:
     """Run sequentially from chunk `first`, whose start state is the end of what is consistent before it."""
     tail = [z.new_empty(1, *z.shape[1:]) for z in outcome.sums]
     t0 = cut.spans.t0[first : first + 1]
-    end = p.kernel.sweep(Spans(t0, p.steps - t0), start[None], p.streams, params, p.emits, tail, p.backwards)
+    end = p.kernel.sweep(Spans(t0, p.steps - t0), start[None], streams, params, p.emits, tail, p.backwards)
     outcome.end = end[0]
     outcome.sums = [torch.cat((z[:first], rest)) for z, rest in zip(outcome.sums, tail, strict=True)]
     return outcome
@@ -258,7 +260,7 @@ class _Newton:
         self.kernel, place = p.correction(update)
         self.groups, self.n = place.shape
         self.place = torch.from_numpy(place.astype(np.int64)).to(p.start.device)
-        self.params = self.kernel.prepare(p.params)
+        self.params, self.streams = self.kernel.prepare(p.params, p.streams)
         self.a = p.start.new_zeros(chunks, p.start.shape[0], self.groups, self.n, self.n)
         self.eye = torch.eye(self.n, dtype=p.start.dtype, device=p.start.device).expand(self.groups, self.n, self.n).reshape(-1)
 
@@ -267,7 +269,7 @@ class _Newton:
         wide = torch.cat((start, self.eye.expand(*start.shape[:2], -1)), -1)
         nothing = [None] * len(self.p.emits)
         end = self.kernel.sweep(
-            cut.spans.pick(active), wide, self.p.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
+            cut.spans.pick(active), wide, self.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
         )
         a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.groups, self.n, self.n)
         self.a[torch.from_numpy(active).to(start.device)] = a

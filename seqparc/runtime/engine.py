@@ -290,6 +290,7 @@ class Engine:
             x = given.reshape(d.shape[0], -1)
             if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
                 x = x.index_select(-1, self._at(o.columns, x.device))
+            x = x if x.dtype == d.dtype else x.to(d.dtype)
             x = x.reshape(d.shape[0], lanes, -1)
         if lanes == 1:
             m = (d[:, 0].t() @ x[:, 0])[None]
@@ -351,7 +352,8 @@ def gradients(
     given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
     g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last)
     shaped = [None if g is None else g.view(p.shape) for g, p in zip(g_params, params, strict=True)]
-    return [*parts(g_start, start), *g_streams, *shaped]
+    cast = [g if g is None or g.dtype == s.dtype else g.to(s.dtype) for g, s in zip(g_streams, streams, strict=True)]
+    return [*parts(g_start, start), *cast, *shaped]
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:

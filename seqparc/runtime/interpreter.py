@@ -36,8 +36,8 @@ class TorchKernel:
         """See `seqparc.runtime.driver.Kernel`."""
         return -(-4096 // (batch * self.program.lanes))
 
-    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
-        return [p.reshape(-1) for p in params]
+    def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [p.reshape(-1) for p in params], [x.to(self.dtype) for x in streams]
 
     def index(self, index: ir.Index) -> Tensor:
         if index not in self._indices:

@@ -11,6 +11,8 @@ from seqparc.plan import StateShape
 from seqparc.runtime.engine import Engine, Solve, parts, uncast
 from seqparc.runtime.operator import number, solve
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 class Run(NamedTuple):
     """Leaves: the states after each step [batch, time, ...], the outputs [batch, time, ...], the last state [batch, ...]."""
@@ -92,7 +94,7 @@ def _shaped(flat: Tensor, state: StateShape, *lead: int) -> Tensor:
 
 
 def _ready(stream: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stream as kernels read it: the arithmetic's dtype, unit last stride."""
-    if stream.dtype != dtype:
+    """A stream as kernels are given it: the arithmetic's dtype or 16 bits of it, which half the memory holds, and unit last stride."""
+    if stream.dtype != dtype and not (stream.dtype in HALVES and dtype == torch.float32):
         stream = stream.to(dtype)
     return stream if stream.stride(-1) == 1 or stream.shape[-1] == 1 else stream.contiguous()
