@@ -1,7 +1,7 @@
 """Equality and speed on a GPU: `python benchmarks/gpu.py`. Prints tables, writes benchmarks/out/gpu.json.
 
 First every cell of the tests in float32 and float64 against float64 on the torch backend; then the cases below against the eager loop,
-cuDNN and our own sequential kernel. "wall" is one call with the device waited for, "through" a call in a row of many, "graph" a replay of
+cuDNN, and our own other strategies. "wall" is one call with the device waited for, "through" a call in a row of many, "graph" a replay of
 a CUDA graph that holds the call. Needs nothing but torch, Triton and what seqparc imports.
 """
 
@@ -26,31 +26,38 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import torch  # noqa: E402
-from cases import ElementwiseGRU  # noqa: E402
+from cases import Case, ElementwiseGRU, same_weights  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import seqparc  # noqa: E402
-from tests.cells import CELLS  # noqa: E402
+from seqparc.runtime.reference import loop  # noqa: E402
+from tests.cells import CELLS, SLSTM, BlockGRU  # noqa: E402
 
+DEVICE = "cuda"
 #: Steps of the eager loop that are timed, and then counted up to the whole length.
 EAGER = 500
 #: Steps over which the outputs are compared with the plain loop in float64.
 COMPARED = 1000
 
-Make = Callable[[], nn.Module]
-CASES: tuple[tuple[str, Make, tuple[int, int, int], Callable[[], nn.Module] | None], ...] = (
-    ("elementwise GRU 256", lambda: ElementwiseGRU(256), (8, 2048, 768), None),
-    ("elementwise GRU 256, long", lambda: ElementwiseGRU(256), (8, 16384, 768), None),
-    ("elementwise GRU 64", lambda: ElementwiseGRU(64), (1, 131072, 192), None),
-    ("elementwise GRU 1", lambda: ElementwiseGRU(1), (1, 1000000, 3), None),
-    ("dense GRU 32", lambda: nn.GRUCell(8, 32), (1, 17984, 8), lambda: nn.GRU(8, 32, batch_first=True)),
-    ("dense GRU 1, batch 16", lambda: nn.GRUCell(8, 1), (16, 10000, 8), lambda: nn.GRU(8, 1, batch_first=True)),
-    ("dense GRU 8, batch 16", lambda: nn.GRUCell(8, 8), (16, 10000, 8), lambda: nn.GRU(8, 8, batch_first=True)),
-    ("dense GRU 32, batch 16", lambda: nn.GRUCell(8, 32), (16, 10000, 8), lambda: nn.GRU(8, 32, batch_first=True)),
-    ("dense GRU 64, batch 16", lambda: nn.GRUCell(8, 64), (16, 2048, 8), lambda: nn.GRU(8, 64, batch_first=True)),
-)  # fmt: skip
+GRU = same_weights(nn.GRU)
+CASES = (
+    Case("elementwise GRU 256", lambda: ElementwiseGRU(256), (8, 2048, 768)),
+    Case("elementwise GRU 256, long", lambda: ElementwiseGRU(256), (8, 16384, 768)),
+    Case("elementwise GRU 64", lambda: ElementwiseGRU(64), (1, 131072, 192)),
+    Case("elementwise GRU 1", lambda: ElementwiseGRU(1), (1, 1000000, 3)),
+    Case("dense GRU 32", lambda: nn.GRUCell(8, 32), (1, 17984, 8), GRU),
+    Case("dense GRU 1, batch 16", lambda: nn.GRUCell(8, 1), (16, 10000, 8), GRU),
+    Case("dense GRU 8, batch 16", lambda: nn.GRUCell(8, 8), (16, 10000, 8), GRU),
+    Case("dense GRU 32, batch 16", lambda: nn.GRUCell(8, 32), (16, 10000, 8), GRU),
+    Case("dense GRU 64, batch 16", lambda: nn.GRUCell(8, 64), (16, 2048, 8), GRU),
+    Case("sLSTM 256", lambda: SLSTM(256), (8, 2048, 1024)),
+    Case("sLSTM 256, long", lambda: SLSTM(256), (8, 16384, 1024)),
+    Case("sLSTM 64", lambda: SLSTM(64), (1, 131072, 256)),
+    Case("sLSTM 1", lambda: SLSTM(1), (1, 1000000, 4)),
+    Case("block GRU 8 of 64, bfloat16", lambda: BlockGRU(8, 64).bfloat16(), (16, 512, 1536)),
+)
 
 
 def first(y: Any) -> Tensor:
@@ -63,10 +70,10 @@ def equality(name: str) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
-        cell = CELLS[name].make().cuda().to(dtype)
-        exact = CELLS[name].make().cuda().double()
+        cell = CELLS[name].make().to(DEVICE).to(dtype)
+        exact = CELLS[name].make().to(DEVICE).double()
         exact.load_state_dict({k: v.double() for k, v in cell.state_dict().items()})
-        x = torch.randn(3, 260, CELLS[name].inputs, device="cuda", dtype=dtype)
+        x = torch.randn(3, 260, CELLS[name].inputs, device=DEVICE, dtype=dtype)
 
         def run(rnn: Any, cell: nn.Module, x: Tensor) -> list[Tensor]:
             x = x.requires_grad_()
@@ -131,35 +138,49 @@ def replayed(call: Callable[[], Any]) -> float:
     return through(graph.replay)
 
 
-def speed(name: str, make: Make, shape: tuple[int, int, int], builtin: Callable[[], nn.Module] | None, copy: float) -> list[dict[str, Any]]:
+def speed(case: Case, copy: float, compiled: bool) -> list[dict[str, Any]]:
+    """Rows of a case, one per system. `compiled`: the eager loop over torch.compile(cell) too."""
     torch.manual_seed(0)
-    cell = make().cuda()
-    x = torch.randn(shape, device="cuda")
+    cell = case.make().to(DEVICE)
+    dtype = next(cell.parameters()).dtype
+    x = torch.randn(case.shape, device=DEVICE, dtype=dtype)
     given = x.clone().requires_grad_()
     with torch.no_grad():
-        exact = make().cuda().double()
+        exact = case.make().to(DEVICE).double()
         exact.load_state_dict({k: v.double() for k, v in cell.state_dict().items()})
         right = first(seqparc.compile(exact).sequential(x[:, :COMPARED].double())[0])
+    rows = [_looped("eager loop", cell, cell, case, x)]
+    if compiled:
+        rows.append(_looped("loop over torch.compile(cell)", cell, torch.compile(cell), case, x))
     systems: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
-    if builtin is not None:
-        layer = builtin().cuda()
-        with torch.no_grad():
-            for key, p in cell.named_parameters():
-                getattr(layer, f"{key}_l0").copy_(p)
+    if case.builtin is not None:
+        layer = case.builtin(cell).to(DEVICE)
         systems.append(("cuDNN", layer, layer))
-    for label, options in (("seqparc sequential", {"strategy": "sequential"}), ("seqparc", {})):
+    for label, options in (("newton", {"strategy": "newton"}), ("sequential", {"strategy": "sequential"}), ("auto", {})):
         rnn = seqparc.compile(cell, options=options)
-        systems.append((label, rnn, rnn))
-    plain = seqparc.compile(cell)
-    steps = min(EAGER, shape[1])
-    short, short_given = x[:, :steps], given.detach()[:, :steps].clone().requires_grad_()
-
-    with torch.no_grad():
-        eager = wall(lambda: plain.sequential(short), 1.0) * shape[1] / steps
-    eager_both = wall(lambda: both(plain.sequential, cell, short_given), 1.0) * shape[1] / steps
-    rows: list[dict[str, Any]] = [{"system": f"eager loop ({steps} steps, scaled)", "fwd": eager, "fwd+bwd": eager_both}]
+        systems.append((f"seqparc {label}", rnn, rnn))
     rows += [{"system": label, **_measured(module, call, x, given, right, copy)} for label, module, call in systems]
-    return [{"case": name, "shape": list(shape), **row} for row in rows]
+    return [{"case": case.name, "shape": list(case.shape), "dtype": str(dtype)[6:], **row} for row in rows]
+
+
+def _looped(label: str, cell: nn.Module, step: Any, case: Case, x: Tensor) -> dict[str, Any]:
+    """The plain loop over a step: each costs the same, so a few are timed and counted up."""
+    steps = min(EAGER, case.shape[1])
+    row: dict[str, Any] = {"system": f"{label} ({steps} steps, scaled)"}
+    short = x[:, :steps]
+    given = short.clone().requires_grad_()
+    _, convention, start = seqparc.compile(cell).understand(short)
+
+    def call(x: Tensor) -> Any:
+        return loop(lambda a, b: convention.call(step, a, b), [x], start)
+
+    try:
+        with torch.no_grad():
+            row["fwd"] = wall(lambda: call(short), 1.0) * case.shape[1] / steps
+        row["fwd+bwd"] = wall(lambda: both(call, cell, given), 1.0) * case.shape[1] / steps
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {error}"[-400:]
+    return row
 
 
 def both(call: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> None:
@@ -192,7 +213,7 @@ def _measured(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, given
         row["fwd+bwd"] = wall(lambda: both(call, module, given))
         row["fwd+bwd through"] = through(lambda: both(call, module, given), row["fwd+bwd"])
         best = min(row[k] for k in ("fwd", "fwd through", "fwd graph") if k in row)
-        row["of copy"] = 4 * (x.numel() + y.numel()) / best / 1e6 / copy
+        row["of copy"] = x.element_size() * (x.numel() + y.numel()) / best / 1e6 / copy
         if isinstance(module, seqparc.CompiledRNN):
             for key, s in (("", module.stats), ("backward ", module.stats.backward)):
                 if s is not None:
@@ -205,7 +226,7 @@ def _measured(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, given
 
 def copied() -> float:
     """Bytes read and written per second by a copy of 1 GiB on the device, in GB."""
-    room = torch.empty(2**28, device="cuda")
+    room = torch.empty(2**28, device=DEVICE)
     into = torch.empty_like(room)
     return 8 * room.numel() / through(lambda: into.copy_(room)) / 1e6
 
@@ -213,7 +234,7 @@ def copied() -> float:
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Rows as a table; times in milliseconds."""
     found = Table(title=title, title_justify="left")
-    keys = list(dict.fromkeys(k for r in rows for k in r if k not in ("case", "shape", "cell")))
+    keys = list(dict.fromkeys(k for r in rows for k in r if k not in ("case", "shape", "dtype", "cell")))
     for k in keys:
         found.add_column(k)
     for r in rows:
@@ -227,6 +248,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=480, help="no case is begun after this")
     parser.add_argument("--skip-equality", action="store_true")
+    parser.add_argument("--torch-compile", action="store_true", help="also the loop over torch.compile(cell), which takes long to compile")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("this benchmark needs a GPU that PyTorch can use; there is none here", file=sys.stderr)
@@ -253,14 +275,14 @@ def main() -> int:
         console.print(table("equality, all cells: relative errors of outputs and gradients", wrong or results["equality"][:8]))
         console.print(f"{len(results['equality'])} runs, {len(wrong)} wrong, {time.perf_counter() - begin:.0f} s")
         save()
-    for name, make, shape, builtin in CASES:
-        if args.only in name:
+    for case in CASES:
+        if args.only in case.name:
             if time.perf_counter() - begin > args.seconds:
-                console.print(f"{name}: left out, the time is up")
+                console.print(f"{case.name}: left out, the time is up")
                 continue
-            rows = speed(name, make, shape, builtin, copy)
+            rows = speed(case, copy, args.torch_compile)
             results["speed"] += rows
-            console.print(table(f"{name}: batch, time, inputs = {shape}", rows))
+            console.print(table(f"{case.name}: batch, time, inputs = {case.shape}", rows))
             save()
     return 1 if any(not r["ok"] for r in results["equality"]) else 0
 

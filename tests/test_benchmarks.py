@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import baselines  # noqa: E402
 import cases  # noqa: E402
+import gpu  # noqa: E402
 import run  # noqa: E402
 
 
@@ -50,3 +53,27 @@ def test_it_runs(tmp_path: Path) -> None:
     assert [t["bound"] for t in found["targets"]] == ["at most 0.4", "at most 4"]
     assert all(t["measured"] > 0 for t in found["targets"])
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_benchmark_measures_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(call: Callable[[], Any], *about: float) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for clock in ("wall", "through", "replayed"):
+        monkeypatch.setattr(gpu, clock, once)
+    for case in (
+        gpu.Case("elementwise", lambda: gpu.ElementwiseGRU(3), (2, 20, 9)),
+        gpu.Case("dense", lambda: torch.nn.GRUCell(2, 4), (1, 20, 2), gpu.GRU),
+        gpu.Case("half", lambda: gpu.BlockGRU(2, 3).bfloat16(), (1, 20, 18)),
+    ):
+        rows = gpu.speed(case, 1.0, compiled=False)
+        assert [r["system"].split(" (")[0] for r in rows if r["system"] != "cuDNN"] == [
+            "eager loop", "seqparc newton", "seqparc sequential", "seqparc auto",
+        ]  # fmt: skip
+        assert len(rows) == 4 + (case.builtin is not None)
+        for row in rows:
+            assert "failed" not in row, row
+            assert row.get("error", 0.0) < (0.05 if row["dtype"] == "bfloat16" else 1e-5), row
