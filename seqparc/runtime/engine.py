@@ -67,6 +67,7 @@ class Engine:
     def __init__(self, plan: Plan, backends: Sequence[tuple[str, MakeKernel]], options: Options, choose: Callable[..., Any]) -> None:
         self.plan, self.options, self.choose = plan, options, choose
         self.backends = list(backends)
+        self.offered = tuple(name for name, _ in backends)
         self.kernels: dict[str, tuple[str, Kernel]] = {}
         self.experience: dict[Shape, Experience] = {}
         self._decided: dict[Any, tuple[Choice, Cut, Shape]] = {}

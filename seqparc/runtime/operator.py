@@ -27,7 +27,7 @@ def number(engine: Engine) -> int:
     """What graphs call an engine."""
     if engine not in _NUMBERS:
         plan = engine.plan
-        about = hashlib.sha256(f"{digest(plan.program)} {plan.dtype} {engine.options}".encode())
+        about = hashlib.sha256(f"{digest(plan.program)} {plan.dtype} {engine.options} {engine.offered}".encode())
         for name, value in sorted(plan.frozen.items()):
             about.update(f"{name} {value.dtype} {value.tolist()}".encode())
         first = int.from_bytes(about.digest()[:5], "big") * ALIKE
