@@ -40,12 +40,7 @@ class CSource:
     text: str
     packed: tuple[Packed, ...]
     scalar: bool
-    width: int  # vectors per tile
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """What can be compiled apart, by -DPART=: the tiles of so many vectors."""
-        return (1,) if self.width == 1 else (self.width, 1)
+    parts: tuple[int, ...]  # what can be compiled apart, by -DPART=: the tiles of so many vectors
 
 
 @dataclass
@@ -386,6 +381,7 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
     from seqparc.codegen import skeleton
 
     width = _width(p)
+    parts = (1,) if width == 1 else (width, 1)
     arrays = [(f"a{number}", v.size + ROWS) for v, number in p.plan.arrays.items()]
     arrays += [(f"l{number}", v.size) for v, number in p.loads.items()]
     arrays += [(name, p.program.emits[i].value.size) for i, name in p.kept.items() if name.startswith("e")]
@@ -395,6 +391,6 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
     stack = sum(n for _, n in (*arrays, *following, *states, *sums)) * width * 64
     if stack > STACK_LIMIT:
         raise TooIrregularError(f"a tile needs {stack} bytes of stack")
-    text = skeleton.render(p, body, arrays, following, states, sums, width)
+    text = skeleton.render(p, body, arrays, following, states, sums, parts)
     header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
-    return CSource(text.replace("@SIMD@", header), tuple(p.packed), p.scalar, width)
+    return CSource(text.replace("@SIMD@", header), tuple(p.packed), p.scalar, parts)

@@ -128,7 +128,7 @@ double seqparc_gap(const real* start, const real* end, const real* sizes, int64_
 """
 
 
-def render(p: _Printer, body: list[str], arrays: Named, following: Named, states: Named, sums: Named, width: int) -> str:
+def render(p: _Printer, body: list[str], arrays: Named, following: Named, states: Named, sums: Named, parts: tuple[int, ...]) -> str:
     """The kernel's text. `@SIMD@` stands where the vector header goes."""
     program = p.program
     streams = sorted({v.slot for v in ir.leaves(program.outputs, "stream")})
@@ -179,7 +179,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         else:
             rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
-    out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=width)]
+    out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=parts[0])]
     main = ["const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
     main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];"]
@@ -262,7 +262,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     out += p.declared  # now that every address is made
     out += ["", "// One tile: U vectors of W lanes.", "INLINE void tile(const int64_t* args, int64_t block, const int U) {"]
     out += ["  " + line if not line.startswith("#") else line for line in main]
-    out += ["}", "", *_entry(p, width)]
+    out += ["}", "", *_entry(p, parts)]
     return "\n".join(out) + "\n"
 
 
@@ -308,7 +308,7 @@ def _lanes(p: _Printer) -> list[str]:
     return lines
 
 
-def _entry(p: _Printer, width: int) -> list[str]:
+def _entry(p: _Printer, parts: tuple[int, ...]) -> list[str]:
     lanes = p.program.lanes
     if p.scalar:
         count = [
@@ -322,9 +322,8 @@ def _entry(p: _Printer, width: int) -> list[str]:
     else:
         count = ["  const int64_t vectors = (args[0] * args[1] + W - 1) / W;"]
         blocks = "(vectors + {u} - 1) / {u} * " + str(lanes)
-    choices = [width, 1] if width != 1 else [1]
     lines = _PART.split("\n")
-    for u in choices:
+    for u in parts:
         head = f"void seqparc_tiles_{u}(const int64_t* args, int64_t blocks, int threads)"
         lines += [
             f"#if PART == 0 || PART == {u}",
@@ -339,7 +338,8 @@ def _entry(p: _Printer, width: int) -> list[str]:
     lines += ["#if PART == 0 || PART == 1", *_GAP.split("\n"), "// Vectors of lanes in hardware, and vectors per tile."]
     lines += ["int seqparc_width(void) { return W; }", "int seqparc_tile(void) { return U_MOST; }", ""]
     lines += ["void seqparc_run(const int64_t* args) {", "  const int threads = (int)args[2];", *count]
-    for u in choices:
-        condition = f"if (vectors >= {u} * threads{'' if p.scalar else ' || vectors > 1'}) " if u != 1 else "else " if width != 1 else ""
+    for u in parts:
+        enough = f"if (vectors >= {u} * threads{'' if p.scalar else ' || vectors > 1'}) "
+        condition = enough if u != 1 else "else " if len(parts) > 1 else ""
         lines += [f"  {condition}seqparc_tiles_{u}(args, {blocks.format(u=u)}, threads);"]
     return [*lines, "}", "#endif"]
