@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import seqparc
+from seqparc.runtime.engine import Engine
+from seqparc.runtime.operator import number, solve
 from seqparc.tree import flatten
 
 
@@ -184,6 +186,30 @@ def test_a_loaded_graph_finds_the_same_cell_or_none(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "cell.pt2")], cwd=root, capture_output=True, text=True)
     assert done.stdout.split("\n")[:3] == ["refused", "refused again", "loaded"], done.stdout + done.stderr[-3000:]
+
+
+def test_batches_that_differ_later_are_not_run() -> None:
+    torch._dynamo.reset()
+    rnn = seqparc.compile(nn.GRUCell(3, 8))
+    compiled = torch.compile(rnn, backend="eager", dynamic=True, fullgraph=True)
+    for batch in (3, 4):
+        compiled(torch.randn(batch, 20, 3), torch.randn(batch, 8))
+    with pytest.raises(torch._dynamo.exc.Unsupported):  # the guard on their equality fails, and so does tracing anew
+        compiled(torch.randn(6, 20, 3), torch.randn(5, 8))
+    engine = number(next(e for e in rnn._engines.values() if isinstance(e, Engine)))
+    weights = [rnn.cell.weight_hh, rnn.cell.bias_hh]
+    for batch, steps in ((5, 20), (6, 21)):  # whoever calls the operator
+        with pytest.raises(seqparc.ShapeError, match="do not belong together"):
+            solve([torch.zeros(batch, 8)], [torch.randn(6, 20, 24)], weights, engine, steps)
+
+
+def test_second_derivatives_in_a_graph_are_refused() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 9, 3, requires_grad=True)
+    y, _ = torch.compile(seqparc.compile(nn.GRUCell(3, 8)), backend="eager", fullgraph=True)(x)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(seqparc.SeqparcError, match="second derivative"):
+        torch.autograd.grad(g.square().sum(), x)
 
 
 def test_autocast_around_a_graph() -> None:

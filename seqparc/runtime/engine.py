@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seqparc.errors import SeqparcWarning, ToolchainError
+from seqparc.errors import SeqparcError, SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
@@ -386,9 +386,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        from seqparc.errors import SeqparcError
+        refuse(ctx, *grads)
 
-        raise SeqparcError(
-            "a second derivative through a compiled cell was asked for (create_graph=True). The compiled backward is not itself "
-            "differentiable; use rnn.sequential(x, state) where you need second derivatives."
-        )
+
+def refuse(ctx: Any, *grads: Any) -> NoReturn:
+    """The derivative of a gradient."""
+    raise SeqparcError(
+        "a second derivative through a compiled cell was asked for (create_graph=True). The compiled backward is not itself "
+        "differentiable; use rnn.sequential(x, state) where you need second derivatives."
+    )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqparc.errors import SeqparcError
-from seqparc.runtime.engine import ENGINES, Engine, gradients, unit
+from seqparc.errors import SeqparcError, ShapeError
+from seqparc.runtime.engine import ENGINES, Engine, gradients, refuse, unit
 from seqparc.text import digest
 
 _NUMBERED: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -56,7 +56,11 @@ def solve(start: list[Tensor], streams: list[Tensor], params: list[Tensor], engi
     run = held(engine)
     if run.plan.frozen and run.plan.stale():
         raise SeqparcError("a constant that the structure of a cell relies on has changed since torch.compile saw it; make the graph anew")
-    states = [s.new_empty(s.shape[0], steps, s.shape[1]) for s in start]
+    batch = start[0].shape[0]
+    if any(s.shape[0] != batch for s in start) or any(x.shape[:2] != (batch, steps) for x in streams):  # kernels look at no shapes
+        about = ", ".join(str(list(t.shape)) for t in (*start, *streams))
+        raise ShapeError(f"a graph calls a compiled cell with shapes that do not belong together: {about}, {steps} steps")
+    states = [s.new_empty(batch, steps, s.shape[1]) for s in start]
     end = run.forward(start, [unit(s) for s in streams], params, states, steps)
     return [*states, end]
 
@@ -103,3 +107,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 solve.register_autograd(_backward, setup_context=_setup)
+solve_backward.register_autograd(refuse)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqparc.plan import StateShape
-from seqparc.runtime.engine import Engine, Solve, parts, uncast
+from seqparc.runtime.engine import Engine, Solve, parts, uncast, unit
 from seqparc.runtime.operator import number, solve
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -97,4 +97,4 @@ def _ready(stream: Tensor, dtype: torch.dtype) -> Tensor:
     """A stream as kernels are given it: the arithmetic's dtype or 16 bits of it, which half the memory holds, and unit last stride."""
     if stream.dtype != dtype and not (stream.dtype in HALVES and dtype == torch.float32):
         stream = stream.to(dtype)
-    return stream if stream.stride(-1) == 1 or stream.shape[-1] == 1 else stream.contiguous()
+    return unit(stream)
