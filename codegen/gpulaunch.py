@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seqparc import store
-from seqparc.codegen.launcher import Launcher, interpreted
+from seqparc.codegen.device import RESIDENT, check, load, multiprocessors, on_chip, on_device
+from seqparc.codegen.launcher import Launcher
 from seqparc.codegen.schedule import TooIrregularError
 from seqparc.codegen.sweep import TritonSource, emit
 from seqparc.codegen.tiles import Weight, padded
-from seqparc.errors import ToolchainError
 from seqparc.ir import Program
 from seqparc.spans import Spans
 
-#: Lanes per program of a scalar kernel, and how many of them a multiprocessor is to be given.
-LANES, RESIDENT = 128, 2048
+#: Lanes per program of a scalar kernel.
+LANES = 128
 #: Lanes per program of a vector kernel, and elements of a tile per thread. More of either and the weights' share of the registers spills.
 ROWS, EACH = 4, 1
 #: Bytes of shared memory for all that is not weights.
@@ -40,17 +33,13 @@ class TritonKernel:
     chunk_per_warmup = 2
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "ieee") -> None:
-        if device.type != "cuda" and not interpreted():
-            raise ToolchainError(f"Triton kernels run on a GPU, x is on {device}; TRITON_INTERPRET=1 runs them as Python, very slowly")
+        check(device)
         self.program, self.dtype, self.device = program, dtype, device
         self.compiled: TritonSource = emit(program, dtype is torch.float64, precision)
-        held = sum(w.bytes for w in self.compiled.step.weights.values() if w.product == "dot") * (2 if dtype is torch.float64 else 1)
-        if held > _on_chip(device) - SPARE:
-            most = _on_chip(device) // 1024
-            raise TooIrregularError(f"its weights, {held // 1024} KB, do not fit on the chip, which holds {most} KB a block")
+        must_fit(self.compiled, dtype is torch.float64, on_chip(device))
         module, self.path = load(self.compiled.text)
         self._run = Launcher(module.sweep)
-        self._tables = [torch.from_numpy(t.array.reshape(-1).astype(np.int32)).to(device) for t in self.compiled.tables]
+        self._tables = [on_device(t.array, device, torch.int32) for t in self.compiled.tables]
         self._weights = [_layout(w, device) for w in self.compiled.weights]
         self.block, self.warps = tile_of(self.compiled)
 
@@ -62,8 +51,8 @@ class TritonKernel:
         """See `seqparc.runtime.driver.Kernel`."""
         lanes = self.program.lanes
         if self.compiled.scalar:
-            return -(-_multiprocessors(self.device) * RESIDENT // (batch * lanes))
-        return -(-self.block * -(-_multiprocessors(self.device) // lanes) // batch)
+            return -(-multiprocessors(self.device) * RESIDENT // (batch * lanes))
+        return -(-self.block * -(-multiprocessors(self.device) // lanes) // batch)
 
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See `seqparc.runtime.driver.Kernel`. Weights become tiles; streams of 16 bits are read as they are."""
@@ -156,26 +145,19 @@ class TritonKernel:
         return gap(start, end, sizes, atol, rtol)
 
 
+def must_fit(source: TritonSource, double: bool, most: int) -> None:
+    """Raises TooIrregularError if the weights that a kernel keeps need more than `most` bytes of shared memory less what the rest needs."""
+    held = sum(w.bytes for w in source.step.weights.values() if w.product == "dot") * (2 if double else 1)
+    if held > most - SPARE:
+        raise TooIrregularError(f"its weights, {held // 1024} KB, do not fit on the chip, which holds {most // 1024} KB a block")
+
+
 def tile_of(source: TritonSource) -> tuple[int, int]:
     """(lanes, warps) of a program of a kernel."""
     if source.scalar:
         return LANES, 4
     widest = max((padded(hi - lo) for _, lo, hi in source.step.state_tiles()), default=1)
     return ROWS, max(1, min(16, ROWS * widest // (32 * EACH)))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _on_chip(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have."""
-    if device.type != "cuda":
-        return 227 * 1024
-    from triton.runtime import driver
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _layout(w: Weight, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -185,28 +167,3 @@ def _layout(w: Weight, device: torch.device) -> tuple[Tensor, Tensor | None]:
     wide[:, : index.shape[1], : index.shape[2]] = index
     flat = torch.from_numpy(wide.reshape(-1)).to(device)
     return flat.clamp_min(0), (flat < 0) if bool((wide < 0).any()) else None
-
-
-def load(text: str) -> tuple[ModuleType, Path]:
-    """The module of a generated text, which Triton wants to read from a file, and where that lies."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise ToolchainError("Triton is not installed; GPU kernels need it: pip install triton") from error
-    name = f"seqparc_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}{'_interpreted' if interpreted() else ''}"
-    path = store.folder() / f"{name}.py"
-    if name not in sys.modules:
-        if not path.exists() or path.read_text() != text:
-            made = path.with_suffix(f".{os.getpid()}")
-            made.write_text(text)
-            os.replace(made, path)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name], path

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from seqparc import ir
-from seqparc.codegen.gpulaunch import load, tile_of
+from seqparc.codegen.device import load
+from seqparc.codegen.elements import WARPS
+from seqparc.codegen.elements import emit as emit_parts
+from seqparc.codegen.gpulaunch import must_fit, tile_of
 from seqparc.codegen.launcher import OPTIONS
+from seqparc.codegen.parts import split
 from seqparc.codegen.resources import Loop, Resources, Target, bound, check, compile_for, find_target, measure, occupancy
+from seqparc.codegen.schedule import TooIrregularError
 from seqparc.codegen.sweep import TritonSource, emit
 from seqparc.codegen.tiles import padded
 from seqparc.errors import ToolchainError
@@ -38,6 +43,7 @@ class KernelReport:
     """What one kernel uses on a card. "Per step" is of one thread in the time loop; an element is one state number of one sample."""
 
     name: str
+    kernel: str  # its function's name
     target: str
     card: str
     dtype: str
@@ -55,15 +61,18 @@ class KernelReport:
     limit: str  # the unit that takes longest
     seconds_per_element: float  # that it takes for a step, with the whole card at work
     problems: tuple[str, ...]  # what stands against launching it
+    why: str = ""  # it is only part of a step
 
     def lines(self) -> list[str]:
         """The report in words."""
-        passes = f"{self.steps_per_pass:g} step{'s' * (self.steps_per_pass != 1)} a pass"
+        whole = "once a step" if self.why else f"time loop: {self.steps_per_pass:g} step{'s' * (self.steps_per_pass != 1)} a pass"
+        what = "elements" if self.why else "lanes"
         counts = ", ".join(f"{kind} {n:.4g}" for kind, n in self.instructions_per_step.items() if n)
         return [
+            *([self.why] if self.why else []),
             f"{self.registers} registers a thread, {self.spills} bytes spilled; {self.shared} bytes of shared memory a program",
-            f"programs of {self.block} lanes on {self.warps} warps; {self.resident_warps} of {self.most_warps} warps resident",
-            f"time loop: {passes}; instructions of a thread per step: {counts}",
+            f"programs of {self.block} {what} on {self.warps} warps; {self.resident_warps} of {self.most_warps} warps resident",
+            f"{whole}; instructions of a thread per step: {counts}",
             f"{self.bytes_per_element:.4g} bytes moved per state element and step",
             f"bound: {self.limit}, at least {self.seconds_per_element * 1e12:.3g} ps per state element and step on {self.card}",
             *(f"it {problem}" for problem in self.problems),
@@ -79,29 +88,64 @@ def programs(plan: Plan) -> dict[str, Program]:
     return {"forward": plan.program} | ({} if plan.own_gradient else {"backward": plan.adjoint().program})
 
 
-def inspect(program: Program, dtype: torch.dtype, target: str | Target, precision: str = "ieee") -> KernelReport:
-    """Generate a program's kernel, compile it for a card and read what it uses.
+def inspect(program: Program, dtype: torch.dtype, target: str | Target, precision: str = "ieee") -> list[KernelReport]:
+    """Generate a program's kernels, compile them for a card and read what they use: one for the whole time loop, or where that is not
+    to be had those between the products of a step.
 
-    Raises ToolchainError if there is no Triton, if it cannot compile the kernel, or if tiles do not express the program.
+    Raises ToolchainError if there is no Triton, if it cannot compile a kernel, or if the program has none.
     """
     card, double = find_target(target), dtype is torch.float64
     try:
-        source = emit(program, double, precision)
+        try:
+            source = emit(program, double, precision)
+            must_fit(source, double, card.shared_per_block)
+        except TooIrregularError as error:
+            return _inspect_parts(program, card, double, str(error))
     except ValueError as error:  # TooIrregularError among them
         raise ToolchainError(f"{program.name} has no Triton kernel, and runs on the torch backend: {error}") from error
     block, warps = tile_of(source)
     constants = {name: value for name, value in (WHOLE | {"BLOCK": block} | dict.fromkeys(LATER)).items() if name in source.signature}
-    signature = {name: kind for name, kind in source.signature.items() if name not in constants}
-    used = measure(compile_for(load(source.text)[0].sweep, signature, constants, card, warps, OPTIONS), card)
+    used = _compiled(load(source.text)[0].sweep, source.signature, constants, card, warps)
     loop, steps = time_loop(used, source, block, warps * card.warp, 8 if double else 4)
     moved = traffic(program, 8 if double else 4)
     elements = steps * block * program.n / (warps * card.warp)
-    limit, seconds = bound(loop.instructions, elements, moved, card, double)
+    return [_report(program.name, "sweep", source.text, card, double, block, warps, used, loop.instructions, steps, elements, moved)]
+
+
+def _inspect_parts(program: Program, card: Target, double: bool, why: str) -> list[KernelReport]:
+    """The kernels of a step that the host walks through."""
+    parts = split(program)
+    source = emit_parts(program, parts.plan, parts.places, double)
+    module = load(source.text)[0]
+    reports = []
+    for part in source.parts:
+        rows, columns = part.tile
+        constants = {"OUT": True, "SIZES": True, "ROWS": rows, "COLUMNS": columns}
+        used = _compiled(getattr(module, part.name), part.signature, constants, card, WARPS)
+        share = program.n * program.lanes * rows / (part.across * WARPS * card.warp)
+        moved = part.moved * (8 if double else 4) / (program.n * program.lanes)
+        counts = used.instructions
+        made = _report(program.name, part.name, source.text, card, double, rows * columns, WARPS, used, counts, 1.0, share, moved)
+        reports.append(replace(made, why=f"step by step from the host, with library products between kernels: {why}"))
+    return reports
+
+
+def _compiled(function: Any, signature: dict[str, str], constants: dict[str, Any], card: Target, warps: int) -> Resources:
+    kinds = {name: kind for name, kind in signature.items() if name not in constants}
+    return measure(compile_for(function, kinds, constants, card, warps, OPTIONS), card)
+
+
+def _report(
+    name: str, kernel: str, source: str, card: Target, double: bool, block: int, warps: int, used: Resources, counts: dict[str, int],
+    steps: float, elements: float, moved: float,
+) -> KernelReport:  # fmt: skip
+    """`counts`: instructions of a thread that advance so many of its elements by so many steps."""
+    limit, seconds = bound(counts, elements, moved, card, double)
     return KernelReport(
-        name=program.name, target=card.name, card=card.card, dtype=str(dtype).removeprefix("torch."), source=source.text,
+        name=name, kernel=kernel, target=card.name, card=card.card, dtype="float64" if double else "float32", source=source,
         block=block, warps=warps, registers=used.registers, spills=used.spills, shared=used.shared,
         resident_warps=occupancy(used, card, warps), most_warps=card.warps_per_multiprocessor, steps_per_pass=steps,
-        instructions_per_step={kind: n / steps for kind, n in loop.instructions.items()},
+        instructions_per_step={kind: n / steps for kind, n in counts.items()},
         bytes_per_element=moved, limit=limit, seconds_per_element=seconds, problems=tuple(check(used, card, warps)),
     )  # fmt: skip
 

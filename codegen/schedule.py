@@ -55,11 +55,12 @@ class TooIrregularError(ValueError):
     """A gather so scattered that straight loops do not express it."""
 
 
-def schedule(program: Program) -> Schedule:
+def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream", "param")) -> Schedule:
+    """The parts of a step. `in_place`: the kinds of leaves that products and folds read where they are; others are stored first."""
     outputs = program.outputs
     order = ir.topological(outputs)
     phase = _phases(order)
-    stored = _stored(order, phase, outputs)
+    stored = _stored(order, phase, outputs, in_place)
     arrays = {v: i for i, v in enumerate(v for v in order if v in stored)}
     by_phase: dict[int, list[Target]] = defaultdict(list)
 
@@ -92,12 +93,16 @@ def _phases(order: list[Value]) -> dict[Value, int]:
     return phase
 
 
-def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, ...]) -> set[Value]:
+def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, ...], in_place: tuple[ir.Kind, ...]) -> set[Value]:
     stored: set[Value] = set()
+
+    def addressable(value: Value) -> bool:
+        return isinstance(value, ir.Leaf) and value.kind in in_place
+
     for v in order:
         if isinstance(v, ir.Contract):
-            stored |= {a for a in v.args if not _addressable(a)}
-        if isinstance(v, ir.Reduce) and not _addressable(v.x):
+            stored |= {a for a in v.args if not addressable(a)}
+        if isinstance(v, ir.Reduce) and not addressable(v.x):
             stored.add(v.x)
         if isinstance(v, (ir.Contract, ir.Reduce)):
             stored.add(v)
@@ -113,10 +118,6 @@ def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, .
         uses[v].add(phase[v])
     stored |= {v for v in order if isinstance(v, ir.Map) and cost[v] >= 8 and max(uses[v]) > phase[v]}
     return stored
-
-
-def _addressable(value: Value) -> bool:
-    return isinstance(value, ir.Leaf) and value.kind in ("state", "stream", "param")
 
 
 def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from seqparc import ir
-from seqparc.codegen.tiles import Read, Step, Weight, padded, step
+from seqparc.codegen.tiles import Read, Step, Weight, padded, step, wrapped
 from seqparc.ir import Program
 
 #: Steps that a scalar kernel reads ahead, as a read takes as long as several of them; and the most operations of a step for that: the loop
@@ -178,7 +178,7 @@ class _Frame:
         self.outputs = sorted({s.slot for s in self.program.emits})
         result = {name: f"r{i}" for i, name in enumerate(self.step.returned())}
         body = ["live = k < length"]
-        body += [f"{', '.join(result.values())} = step(", *_wrapped([*self.arguments(), "BLOCK"]), ")"]
+        body += [f"{', '.join(result.values())} = step(", *wrapped([*self.arguments(), "BLOCK"]), ")"]
         for s in self.outputs:
             body += ["if OUT:", f"    if y{s} is not None:", f"        y{s}_p = y{s} + (y{s}_o + k * y{s}_s)"]
             for w in self.step.results:
@@ -203,7 +203,7 @@ class _Frame:
         outputs = [f"y{s}{part}" for s in self.outputs for part in ("", "_o", "_s")]
         self.turned = ["k", "length", "g", *given, *outputs, *tables]
         constants = ["OUT: tl.constexpr", "SIZES: tl.constexpr", "BLOCK: tl.constexpr"]
-        return ["def turn(", *_wrapped([*self.turned, *constants]), "):", *("    " + line for line in body)]
+        return ["def turn(", *wrapped([*self.turned, *constants]), "):", *("    " + line for line in body)]
 
     def phase(self, out: bool) -> list[str]:
         """One stretch of time: the steps before the chunk, whose outputs nobody wants, or the chunk."""
@@ -218,7 +218,7 @@ class _Frame:
             lines += [f"{name}_{u} = {self.stream_load(r, str(u))}" for name, r in streams]
             body += [f"{name} = {name}_{u}" for name, _ in streams]
             body += [f"{name}_{u} = {self.stream_load(r, following)}" for name, r in streams]
-            body += [f"{', '.join(self.carried())} = turn(", *_wrapped([at, *self.turned[1:], str(out), "SIZES", "BLOCK"]), ")"]
+            body += [f"{', '.join(self.carried())} = turn(", *wrapped([at, *self.turned[1:], str(out), "SIZES", "BLOCK"]), ")"]
         about = "  # each step's inputs are read that many steps ahead, so that memory is not waited for"
         return [*lines, f"for k in range(0, tl.max(length, 0), {self.ahead}):{about}", *("    " + line for line in body)]
 
@@ -331,7 +331,7 @@ def emit(program: Program, double: bool, precision: str = "ieee") -> TritonSourc
     turn = frame.turn()
     body = frame.main()
     head = _HEAD.format(name=program.name, lanes=program.lanes, n=program.n, dtype="float64" if double else "float32")
-    text = [head.rstrip("\n"), "", "", "@triton.jit", "def step(", *_wrapped([*frame.arguments(), "BLOCK: tl.constexpr"]), "):"]
+    text = [head.rstrip("\n"), "", "", "@triton.jit", "def step(", *wrapped([*frame.arguments(), "BLOCK: tl.constexpr"]), "):"]
     text += ["    " + line for line in made.lines]
     text += [f"    return {', '.join(made.returned())}", "", "", "@triton.jit", *turn, "", ""]
     # One kernel for all sizes, strides and addresses: their types are given, and their values are not compiled in.
@@ -340,17 +340,6 @@ def emit(program: Program, double: bool, precision: str = "ieee") -> TritonSourc
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
     text += ["@triton.jit(", f"    do_not_specialize={numbers},", f"    do_not_specialize_on_alignment={pointers},", ")"]
     typed = [f"{n}: '{signature[n]}'" if n in numbers else n for n in frame.parameters()]
-    text += ["def sweep(", *_wrapped(typed), "):"]
+    text += ["def sweep(", *wrapped(typed), "):"]
     text += ["    " + line for line in _flat(body)]
     return TritonSource("\n".join(text) + "\n", signature, made.scalar, made, frame.ahead, tuple(frame.packed), tuple(frame.tables))
-
-
-def _wrapped(items: list[str]) -> list[str]:
-    """Arguments in lines of their own."""
-    lines, line = [], "   "
-    for item in items:
-        if len(line) + len(item) > 130:
-            lines.append(line)
-            line = "   "
-        line += f" {item},"
-    return [*lines, line]

@@ -118,7 +118,7 @@ class Step:
         width = len(elements)
         match value:
             case ir.Const(value=number):
-                return self._let(f"tl.full((), {_number(number)}, DT)", 1)
+                return self._let(f"tl.full((), {literal(number)}, DT)", 1)
             case ir.Leaf(kind="state"):
                 return self._state(self.program.state.index(value), elements)
             case ir.Leaf(kind=kind, slot=slot, index=index):
@@ -291,5 +291,16 @@ def padded(width: int) -> int:
     return 1 if width == 1 else max(NARROWEST, 1 << (width - 1).bit_length())
 
 
-def _number(value: float) -> str:
+def literal(value: float) -> str:
     return f"float('{value}')" if value != value or value in (float("inf"), float("-inf")) else repr(value)
+
+
+def wrapped(items: list[str]) -> list[str]:
+    """Arguments in lines of their own."""
+    lines, line = [], "   "
+    for item in items:
+        if len(line) + len(item) > 130:
+            lines.append(line)
+            line = "   "
+        line += f" {item},"
+    return [*lines, line]

@@ -50,9 +50,9 @@ def _backends(options: Options, device: torch.device) -> list[tuple[str, Any]]:
         raise ShapeError(f"backend='c' runs on the CPU, x is on {device}")
 
     def triton(program: Any, dtype: torch.dtype, where: torch.device) -> Any:
-        from seqparc.codegen.gpulaunch import TritonKernel
+        from seqparc.codegen import stepwise
 
-        return TritonKernel(program, dtype, where, options.precision)
+        return stepwise.kernel(program, dtype, where, options.precision)
 
     made = {"c": lambda program, dtype, where: CKernel(program, dtype), "triton": triton, "torch": TorchKernel}
     first = asked if asked != "auto" else {"cpu": "c", "cuda": "triton"}.get(device.type, "torch")

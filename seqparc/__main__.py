@@ -107,14 +107,18 @@ def emit_offline(rnn: CompiledRNN, x: Any, card: str, as_json: bool) -> int:
     if not isinstance(engine, Engine):
         raise SeqparcError(f"{rnn.name} is not compiled and has no kernels: {engine}")
     plan, precision = engine.plan, engine.options.precision
-    found = {direction: offline.inspect(p, plan.dtype, card, precision) for direction, p in offline.programs(plan).items()}
+    found = [(direction, r) for direction, p in offline.programs(plan).items() for r in offline.inspect(p, plan.dtype, card, precision)]
     if as_json:
-        told = [{**report.as_dict(), "name": rnn.name, "backend": "triton", "direction": d} for d, report in found.items()]
-        print(json.dumps(told, indent=2))
+        rows = [{**report.as_dict(), "name": rnn.name, "backend": "triton", "direction": d} for d, report in found]
+        print(json.dumps(rows, indent=2))
     else:
-        for direction, report in found.items():
-            print(f"# {rnn.name}, {direction}, triton backend\n{report.source}")
-            print("\n".join(f"# {line}" for line in (f"{direction} on {report.target}, {report.dtype}:", *report.lines())), end="\n\n")
+        shown = ""
+        for direction, report in found:
+            if report.source != shown:
+                print(f"# {rnn.name}, {direction}, triton backend\n{report.source}")
+            shown = report.source
+            told = (f"{direction} on {report.target}, {report.dtype}, {report.kernel}:", *report.lines())
+            print("\n".join(f"# {line}" for line in told), end="\n\n")
     return 0
 
 

@@ -214,8 +214,10 @@ def _gpu(engine: Engine) -> tuple[str, ...]:
     for direction, program in offline.programs(engine.plan).items():
         if direction in (engine.kernels or ("forward",)):
             try:
-                told = offline.inspect(program, engine.plan.dtype, CARD, engine.options.precision).lines()
+                reports = offline.inspect(program, engine.plan.dtype, CARD, engine.options.precision)
             except ToolchainError as error:
-                told = [str(error)]
-            lines += [f"{direction} on {CARD}:", *(f"  {line}" for line in told)]
+                lines += [f"{direction} on {CARD}:", f"  {error}"]
+                continue
+            for report in reports:
+                lines += [f"{direction} on {CARD}, {report.kernel}:", *(f"  {line}" for line in report.lines())]
     return tuple(lines)

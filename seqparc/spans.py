@@ -45,7 +45,11 @@ class Spans:
         """The three as rows of one tensor on a device, zeros for no lead."""
         if device not in self._copies:
             lead = np.zeros_like(self.t0) if self.lead is None else self.lead
-            self._copies[device] = torch.from_numpy(np.stack((self.t0, self.length, lead))).to(device)
+            rows = np.stack((self.t0, self.length, lead))
+            if len(self) == 1:  # filled, not copied: that can be part of a CUDA graph
+                self._copies[device] = torch.stack([torch.full((1,), int(n), device=device) for n in rows[:, 0]])
+            else:
+                self._copies[device] = torch.from_numpy(rows).to(device)
         return self._copies[device]
 
     def pick(self, which: np.ndarray) -> Spans:

@@ -44,7 +44,8 @@ def programs(cell: str) -> dict[str, Program]:
 
 
 def report(cell: str, direction: str, target: str) -> offline.KernelReport:
-    return offline.inspect(programs(cell)[direction], torch.float32, target)
+    (found,) = offline.inspect(programs(cell)[direction], torch.float32, target)
+    return found
 
 
 def row(found: offline.KernelReport) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def test_shell_prints_kernels_and_what_they_use(capsys: pytest.CaptureFixture[st
     assert main([*COMMAND, "sm_90"]) == 0
     out = capsys.readouterr().out
     for direction in DIRECTIONS:
-        assert f"# a small GRU, {direction}, triton backend" in out and f"# {direction} on sm_90, float32:" in out
+        assert f"# a small GRU, {direction}, triton backend" in out and f"# {direction} on sm_90, float32, sweep:" in out
     assert out.count("def sweep(") == out.count("# bound: ") == 2
     assert "registers a thread" in out and "warps resident" in out and "bytes moved" in out
     compile(out, "out", "exec")  # the report is comments to the code
@@ -125,7 +126,7 @@ def test_explain_tells_of_the_gpu_kernel_only_where_there_is_one() -> None:
     x = torch.zeros(2, 5, 21)
     make = CELLS["elementwise GRU"].make
     told = dict(seqparc.compile(make(), backend="triton").explain(x).sections)["GPU kernel"]
-    assert told[0] == "forward on sm_90:" and "registers" in told[1] and "bound" in told[-1]
+    assert told[0] == "forward on sm_90, sweep:" and "registers" in told[1] and "bound" in told[-1]
     assert "GPU kernel" not in dict(seqparc.compile(make()).explain(x).sections)
 
 

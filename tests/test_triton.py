@@ -220,15 +220,6 @@ def test_a_run_that_nobody_watches_is_as_exact() -> None:
     interpreted(ALONE, "exact")
 
 
-def test_weights_that_do_not_fit_on_the_chip_are_said_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    rnn, x = seqparc.compile(nn.RNNCell(3, 300), backend="triton"), torch.randn(1, 3, 3)
-    with pytest.warns(seqparc.SeqparcWarning, match="its weights, 1024 KB, do not fit on the chip"), torch.no_grad():
-        y, _ = rnn(x)
-    assert rnn.stats.backend == "torch"
-    torch.testing.assert_close(y, rnn.sequential(x)[0])
-
-
 def test_without_a_gpu_it_is_said_what_there_is_instead() -> None:
     with pytest.warns(seqparc.SeqparcWarning, match="run on a GPU, x is on cpu; TRITON_INTERPRET=1"):
         rnn = seqparc.compile(nn.RNNCell(3, 4), backend="triton")

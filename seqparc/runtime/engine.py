@@ -109,20 +109,25 @@ class Engine:
             self._begun["backward"] = name, worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
             worker.shutdown(wait=False)
 
-    def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int) -> tuple[Choice, Cut, Shape]:
-        """How to run, the cut that follows from it, and the key that a better warm-up is remembered under."""
-        plan, options = self.plan, self.options
+    def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int, watched: bool = True) -> tuple[Choice, Cut, Shape]:
+        """How to run, the cut that follows from it, and the key that a better warm-up is remembered under.
+
+        Not watched: without anything that the host would have to look at.
+        """
+        plan, options = self.plan, self.options if watched else replace(self.options, strategy="sequential")
         best = kernel.chunks_wanted(batch)
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape)
         warmup, passes, floor = (None, 1, 0.0) if known is None else (known.warmup, known.passes, known.floor)
-        key = direction, batch, steps, best, warmup, passes, floor
+        key = direction, batch, steps, best, warmup, passes, floor, watched
         decided = self._decided.get(key)
         if decided is None:
             choice: Choice = self.choose(
                 options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup,
                 passes=passes, per_warmup=kernel.chunk_per_warmup,
             )  # fmt: skip
+            if not watched:
+                choice = replace(choice, reasons=("a CUDA graph is being made, in which gaps cannot be waited for",))
             eps = torch.finfo(plan.dtype).eps
             unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
             cut = Cut(
@@ -149,6 +154,8 @@ class Engine:
         correction = functools.partial(self.correction, direction, start.device)
         p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem)
         passes = self._unwatched(shape, cut) if hasattr(kernel, "alone") else 0
+        if self.capturing() and not passes and len(cut.spans) > 1:
+            choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps, watched=False)
         if passes:
             outcome: Outcome = solve_alone(p, cut, passes)
             if not self.capturing():  # a graph's figures are those of its last replay, and teach nothing
