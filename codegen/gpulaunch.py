@@ -138,6 +138,12 @@ class TritonKernel:
         self._launch(spans, begun, *given, None, None, marks, (passes - 1) * each, finish=True)
         return end.select(0, -1), worst, marks
 
+    def scan(self, a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
+        """See `seqparc.runtime.driver.Kernel`."""
+        from seqparc.codegen.gpuscan import scan
+
+        return scan(a, r, largest)
+
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""
         from seqparc.codegen.gpugap import gap

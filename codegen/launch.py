@@ -14,6 +14,7 @@ from torch import Tensor
 from seqparc.codegen.build import load
 from seqparc.codegen.c import CSource, emit
 from seqparc.ir import Program
+from seqparc.scan import doubling
 from seqparc.spans import Spans
 
 
@@ -24,6 +25,7 @@ class CKernel:
     """
 
     chunk_per_warmup = 4
+    scan = staticmethod(doubling)
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype

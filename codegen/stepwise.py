@@ -213,6 +213,12 @@ class StepKernel:
         constants = constants | {"ROWS": part.tile[0], "COLUMNS": part.tile[1]}
         return _Launch(self._run[number], args, names.index("k"), -(-rows // part.tile[0]) * part.across, constants)
 
+    def scan(self, a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
+        """See `seqparc.runtime.driver.Kernel`."""
+        from seqparc.codegen.gpuscan import scan
+
+        return scan(a, r, largest)
+
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""
         from seqparc.codegen.gpugap import gap

@@ -16,8 +16,8 @@ import torch
 
 import seqparc
 from seqparc.__main__ import main
-from seqparc.codegen import offline
-from seqparc.codegen.launcher import interpreted
+from seqparc.codegen import gpuscan, offline, resources
+from seqparc.codegen.launcher import OPTIONS, interpreted
 from seqparc.ir import Program
 from seqparc.runtime.engine import Engine
 from tests.cells import CELLS
@@ -81,6 +81,16 @@ def test_a_kernel_uses_what_it_did(cell: str, direction: str, target: str) -> No
 def test_kernels_compile_for_amd(cell: str) -> None:
     found = report(cell, "forward", "gfx942")
     assert found.problems == () and found.registers > 0 and found.steps_per_pass % 1 == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_scan_over_chunks_keeps_its_maps_in_registers(n: int) -> None:
+    run = gpuscan._kernel(n, False).function
+    signature = {"a": "*fp64", "r": "*fp64", "d": "*fp64", "count": "i32", "numbers": "i64"}
+    constants = {"CHUNKS": gpuscan.TILES[n] // 32, "NUMBERS": 32}
+    for target in TARGETS:
+        used = resources.measure(resources.compile_for(run, signature, constants, target, 4, OPTIONS), target)
+        assert used.spills == 0 and 0 < used.registers <= 255
 
 
 def test_traffic_counts_what_a_step_reads_and_writes() -> None:

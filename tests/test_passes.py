@@ -17,8 +17,8 @@ from seqparc.ops import ATEN, OPS
 from seqparc.options import Options
 from seqparc.passes import dependency, derivative, lanes, partial, simplify, strategy
 from seqparc.plan import Plan
-from seqparc.runtime.driver import _scan
 from seqparc.runtime.interpreter import TorchKernel
+from seqparc.scan import doubling
 from seqparc.spans import Spans, cut_evenly
 
 from .cells import CELLS
@@ -285,7 +285,7 @@ def test_scan_is_the_loop(count: int) -> None:
     rows = [r[0]]
     for c in range(1, count):
         rows.append(r[c] + (a[c - 1] @ rows[-1].unsqueeze(-1)).squeeze(-1))
-    torch.testing.assert_close(_scan(a, r), torch.stack(rows))
+    torch.testing.assert_close(doubling(a, r), torch.stack(rows))
 
 
 @pytest.mark.parametrize("backend", ["c", "torch"])

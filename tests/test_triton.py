@@ -152,6 +152,27 @@ for chunks, batch, row, dtype in ((2, 1, 1, single), (7, 3, 5, double), (60, 2, 
 print("equal")
 """
 
+SCAN = """
+import torch
+from seqparc.codegen.gpuscan import scan
+from seqparc.scan import doubling
+
+shapes = ((1, 1, 1, 1), (1, 2, 1, 3), (1, 1100, 1, 1), (1, 70, 3, 20), (2, 40, 2, 7), (3, 9, 1, 1), (4, 21, 2, 9), (5, 6, 1, 2))
+for n, chunks, batch, groups in shapes:
+    torch.manual_seed(chunks)
+    a = torch.randn(chunks - 1, batch, groups, n, n, dtype=torch.float64) / (1.2 * n**0.5)  # matrices that do not commute
+    r = torch.randn(chunks, batch, groups, n, dtype=torch.float64)
+    rows = [r[0]]
+    for c in range(1, chunks):
+        rows.append(r[c] + (a[c - 1] @ rows[-1].unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(scan(a, r), torch.stack(rows), rtol=1e-10, atol=1e-12)
+    larger = scan(a.abs(), r.abs(), True)
+    assert bool((larger >= r.abs()).all())
+    if n == 1:  # where "the larger" is associative too
+        torch.testing.assert_close(larger, doubling(a.abs(), r.abs(), True), rtol=1e-12, atol=0)
+print("scanned")
+"""
+
 HALF = """
 import torch
 import seqparc
@@ -263,6 +284,10 @@ def test_constants_are_the_last_parameters_of_a_kernel() -> None:
 @pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_cells_nobody_wrote_run_as_the_plain_loop_does(examples: int) -> None:
     interpreted(RANDOM, "held", str(examples))
+
+
+def test_the_scan_over_chunks_is_the_loop() -> None:
+    interpreted(SCAN, "scanned")
 
 
 def test_sixteen_bits_are_read_as_they_are() -> None:

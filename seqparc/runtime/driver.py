@@ -54,6 +54,9 @@ class Kernel(Protocol):
         reach, `reached`. `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
         """
 
+    def scan(self, a: Tensor, r: Tensor, largest: bool) -> Tensor:
+        """d_0 = r_0, d_c = r_c + a_{c-1} d_{c-1}; see `seqparc.scan.doubling`."""
+
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """How far the start states of chunks 1 … are from the end states of those before them: the largest of all, and [chunks - 1].
 
@@ -278,7 +281,7 @@ class _Newton:
     def update(self, start: Tensor, end: Tensor) -> Tensor:
         """End states corrected for the moves of the start states; where the correction overflows, as they are."""
         residual = (end[:-1] - start[1:])[..., self.place]  # [chunks - 1, batch, groups, n]
-        move = _scan(self.a[1:-1], residual)
+        move = self.kernel.scan(self.a[1:-1], residual, False)
         target = end.clone()
         target[:-1, ..., self.place] += move - residual
         return torch.where(target.isfinite(), target, end)
@@ -292,20 +295,5 @@ class _Newton:
         if not self.known:
             return sizes
         far = sizes.clone()
-        far[..., self.place] = _scan(self.a[1:].abs(), sizes[..., self.place], torch.fmax)
+        far[..., self.place] = self.kernel.scan(self.a[1:].abs(), sizes[..., self.place], True)
         return torch.fmax(torch.fmin(far, sizes.nan_to_num(0.0).cummax(0).values), sizes)
-
-
-def _scan(a: Tensor, r: Tensor, both: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tensor:
-    """d_0 = r_0, d_c = r_c + a_{c-1} d_{c-1}, by doubling; a [count - 1, ..., n, n], r [count, ..., n]. `both`: in place of +."""
-    count = r.shape[0]
-    d = r.clone()
-    if count == 1:
-        return d
-    m = torch.cat((torch.zeros_like(a[:1]), a))
-    step = 1
-    while step < count:
-        d = torch.cat((d[:step], both(d[step:], (m[step:] @ d[:-step].unsqueeze(-1)).squeeze(-1))))
-        m = torch.cat((m[:step], m[step:] @ m[:-step]))
-        step *= 2
-    return d

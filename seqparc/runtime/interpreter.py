@@ -16,6 +16,7 @@ from torch import Tensor
 from seqparc import ir
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
+from seqparc.scan import doubling
 from seqparc.spans import Spans
 
 
@@ -23,6 +24,7 @@ class TorchKernel:
     """Runs a lane program over chunks of time; values have shape [chunks, batch, lanes, size]."""
 
     chunk_per_warmup = 4
+    scan = staticmethod(doubling)
     source = "(the torch backend interprets the program; see seqparc.text.print_program)"
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device | None = None) -> None:
