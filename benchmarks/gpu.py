@@ -138,8 +138,8 @@ def replayed(call: Callable[[], Any]) -> float:
     return through(graph.replay)
 
 
-def speed(case: Case, copy: float, compiled: bool) -> list[dict[str, Any]]:
-    """Rows of a case, one per system. `compiled`: the eager loop over torch.compile(cell) too."""
+def speed(case: Case, copy: float, compiled: bool, tuned: bool = False) -> list[dict[str, Any]]:
+    """Rows of a case, one per system. `compiled`: the eager loop over torch.compile(cell) too; `tuned`: settings tried out too."""
     torch.manual_seed(0)
     cell = case.make().to(DEVICE)
     dtype = next(cell.parameters()).dtype
@@ -156,7 +156,8 @@ def speed(case: Case, copy: float, compiled: bool) -> list[dict[str, Any]]:
     if case.builtin is not None:
         layer = case.builtin(cell).to(DEVICE)
         systems.append(("cuDNN", layer, layer))
-    for label, options in (("newton", {"strategy": "newton"}), ("sequential", {"strategy": "sequential"}), ("auto", {})):
+    ways: list[tuple[str, dict[str, Any]]] = [("newton", {"strategy": "newton"}), ("sequential", {"strategy": "sequential"}), ("auto", {})]
+    for label, options in ways + [("tuned", {"tune": True})] * tuned:
         rnn = seqparc.compile(cell, options=options)
         systems.append((f"seqparc {label}", rnn, rnn))
     rows += [{"system": label, **_measured(module, call, x, given, right, copy)} for label, module, call in systems]
@@ -249,6 +250,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480, help="no case is begun after this")
     parser.add_argument("--skip-equality", action="store_true")
     parser.add_argument("--torch-compile", action="store_true", help="also the loop over torch.compile(cell), which takes long to compile")
+    parser.add_argument("--tune", action="store_true", help="also with tiles, warps and chunks tried out, which takes long")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("this benchmark needs a GPU that PyTorch can use; there is none here", file=sys.stderr)
@@ -280,7 +282,7 @@ def main() -> int:
             if time.perf_counter() - begin > args.seconds:
                 console.print(f"{case.name}: left out, the time is up")
                 continue
-            rows = speed(case, copy, args.torch_compile)
+            rows = speed(case, copy, args.torch_compile, args.tune)
             results["speed"] += rows
             console.print(table(f"{case.name}: batch, time, inputs = {case.shape}", rows))
             save()

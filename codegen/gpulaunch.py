@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from seqparc.codegen.schedule import TooIrregularError
 from seqparc.codegen.sweep import TritonSource, emit
 from seqparc.codegen.tiles import Weight, padded
 from seqparc.ir import Program
+from seqparc.plan import Setting
 from seqparc.spans import Spans
 
 #: Lanes per program of a scalar kernel.
@@ -30,8 +32,6 @@ class TritonKernel:
     Raises `ToolchainError` if there is no Triton, `TooIrregularError` if the program does not fit tiles.
     """
 
-    chunk_per_warmup = 2
-
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "ieee") -> None:
         check(device)
         self.program, self.dtype, self.device = program, dtype, device
@@ -41,7 +41,26 @@ class TritonKernel:
         self._run = Launcher(module.sweep)
         self._tables = [on_device(t.array, device, torch.int32) for t in self.compiled.tables]
         self._weights = [_layout(w, device) for w in self.compiled.weights]
-        self.block, self.warps = tile_of(self.compiled)
+        self.settings = settings(self.compiled)
+        self.setting = self.settings[0]
+
+    @property
+    def block(self) -> int:
+        """Lanes of a program."""
+        return self.setting.block
+
+    @property
+    def chunk_per_warmup(self) -> int:
+        """See `seqparc.runtime.driver.Kernel`."""
+        return self.setting.chunk_per_warmup
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What decides how fast a setting is."""
+        import triton
+
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreter"
+        return f"{triton.__version__} {card} {self.compiled.text}"
 
     @property
     def source(self) -> str:
@@ -109,7 +128,7 @@ class TritonKernel:
         args += [*sums, *self._tables]
         lanes = batch if finish else chunks * batch
         programs = -(-lanes * self.program.lanes // self.block) if self.compiled.scalar else -(-lanes // self.block) * self.program.lanes
-        self._run(programs, args, {"LEAD": led, "SIZES": sizes is not None, "FINISH": finish, "BLOCK": self.block}, self.warps)
+        self._run(programs, args, {"LEAD": led, "SIZES": sizes is not None, "FINISH": finish, "BLOCK": self.block}, self.setting.warps)
 
     def alone(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
@@ -164,6 +183,16 @@ def tile_of(source: TritonSource) -> tuple[int, int]:
         return LANES, 4
     widest = max((padded(hi - lo) for _, lo, hi in source.step.state_tiles()), default=1)
     return ROWS, max(1, min(16, ROWS * widest // (32 * EACH)))
+
+
+def settings(source: TritonSource) -> tuple[Setting, ...]:
+    """What a kernel may be launched with; the first where nothing better is known."""
+    block, warps = tile_of(source)
+    if source.scalar:
+        tiles = [(block, warps), (block // 2, warps // 2), (block * 2, warps * 2)]
+    else:  # a thread with one element; twice as many lanes; a thread with two
+        tiles = [(block, warps), (block * 2, min(16, warps * 2)), (block, max(1, warps // 2))]
+    return tuple(Setting(*tile, per) for per in (2, 1, 4) for tile in dict.fromkeys(tiles))
 
 
 def _layout(w: Weight, device: torch.device) -> tuple[Tensor, Tensor | None]:

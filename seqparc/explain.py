@@ -200,7 +200,11 @@ def _strategy(engine: Engine) -> tuple[str, ...]:
 def _kernels(engine: Engine) -> tuple[str, ...]:
     if not engine.kernels:
         return (f"none yet; the {engine.backends[0][0]} backend makes them when they are first needed",)
-    lines = [f"{direction} on {backend}: {len(k.source.splitlines())} lines" for direction, (backend, k) in engine.kernels.items()]
+    lines = []
+    for direction, (backend, kernel) in engine.kernels.items():
+        s = getattr(kernel, "setting", None)
+        tile = "" if s is None else f", programs of {s.block} lanes on {s.warps} warps, chunks of {s.chunk_per_warmup} warm-ups at least"
+        lines.append(f"{direction} on {backend}: {len(kernel.source.splitlines())} lines{tile}")
     return (*lines, f"{engine.compile_seconds:.2f} s from the cell to the kernels")
 
 

@@ -34,6 +34,8 @@ class Options:
     max_passes      passes before the sequential kernel finishes the run; None: as long as a pass is expected to pay
     on_divergence   when the passes do not converge: "sequential" finishes exactly, "warn" also warns, "raise" raises
     backend         "c", "torch", "triton", or "auto" by device
+    tune            on a GPU, try tiles, warps and chunk lengths out once a cell settles, and remember on disk which were fastest; each
+                    takes seconds to compile. What was found before is used either way
     deterministic   nothing adapts from run to run, nothing depends on the number of threads
     precision       of float32 contractions on a GPU
     save            what forward keeps for backward: "recompute" keeps states only
@@ -48,6 +50,7 @@ class Options:
     max_passes: int | None = None
     on_divergence: Literal["sequential", "raise", "warn"] = "sequential"
     backend: Backend = "auto"
+    tune: bool = False
     deterministic: bool = False
     precision: Literal["ieee", "tf32x3", "tf32"] = "ieee"
     save: Literal["recompute", "store"] = "recompute"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,14 @@ class Choice:
     warmup: int
     updates: tuple[str, ...]
     reasons: tuple[str, ...]
+
+
+class Setting(NamedTuple):
+    """How a GPU kernel is launched: lanes of a program and its warps, and how many warm-ups long a chunk is at least."""
+
+    block: int
+    warps: int
+    chunk_per_warmup: int
 
 
 @dataclass

@@ -49,12 +49,28 @@ def folder() -> Path:
 
 def remembered(name: str, key: str, make: Callable[[], Any]) -> Any:
     """A JSON value that `make` gives, from the folder if it was made before under the same key."""
-    path = folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    found = recall(name, key)
+    if found is None:
+        found = make()
+        keep(name, key, found)
+    return found
+
+
+def recall(name: str, key: str) -> Any:
+    """What was kept under a key; None if nothing was, or it is spoilt."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or spoilt: made anew
-        value = make()
+        return json.loads(_path(name, key).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def keep(name: str, key: str, value: Any) -> None:
+    """Keep a JSON value under a key, for this and other processes."""
+    path = _path(name, key)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="write-", delete=False) as file:
         json.dump(value, file)
     os.replace(file.name, path)
-    return value
+
+
+def _path(name: str, key: str) -> Path:
+    return folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

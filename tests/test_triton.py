@@ -152,6 +152,66 @@ for chunks, batch, row, dtype in ((2, 1, 1, single), (7, 3, 5, double), (60, 2, 
 print("equal")
 """
 
+TUNE = """
+import torch
+import seqparc
+from seqparc.runtime import tuning
+from tests.cells import CELLS
+
+real, seen = tuning.timed, []
+
+
+def timed(run, device):  # the setting with tiles of half as many lanes and chunks of one warm-up is the fastest
+    found = real(run, device)
+    assert found is None or found > 0
+    seen.append(kernel().setting)
+    return 1.0 if seen[-1] == best else None if seen[-1].chunk_per_warmup == 4 else 2.0
+
+
+def kernel():
+    return rnn.engine().kernels["forward"][1]
+
+
+def run(rnn, calls):
+    with torch.no_grad():
+        for _ in range(calls):
+            y = rnn(x)[0]
+    return y
+
+
+tuning.timed, tuning.RUNS = timed, 1
+cell, x = CELLS["minGRU"].make().double(), torch.randn(1, 40, CELLS["minGRU"].inputs, dtype=torch.float64)
+right = seqparc.compile(cell, backend="torch", options={"strategy": "sequential"})(x)[0]
+given = {"backend": "triton", "options": {"tune": True, "warmup": 8}}
+rnn = seqparc.compile(cell, **given)
+torch.testing.assert_close(run(rnn, 1), right)
+assert not seen  # the first run is watched: there is nothing to be tried before it is known how many passes are needed
+best = kernel().settings[4]
+assert best.block == kernel().settings[0].block // 2 and best.chunk_per_warmup == 1
+torch.testing.assert_close(run(rnn, 1), right)
+assert seen == list(kernel().settings) and kernel().setting == best
+torch.testing.assert_close(run(rnn, 2), right)
+assert len(seen) == len(kernel().settings) and rnn.stats.chunks == 40 // 8 and kernel().setting == best  # chunks of 8 steps at least
+chosen = best
+for options, expected in (({}, chosen), ({"deterministic": True}, None), ({"deterministic": True, "tune": True}, None)):
+    rnn = seqparc.compile(cell, backend="triton", options={"warmup": 8, **options})  # another process would find the same on disk
+    torch.testing.assert_close(run(rnn, 3), right)
+    assert kernel().setting == (expected or kernel().settings[0]), (options, kernel().setting)
+assert len(seen) == len(kernel().settings)
+# What is nearly as fast as the usual is not worth another kernel; what is spoilt on disk is nothing.
+tuning.timed = lambda run, device: 0.98 if kernel().setting == best else 1.0
+rnn = seqparc.compile(cell, backend="triton", options={"tune": True, "warmup": 3})
+x = x[:, :20]
+torch.testing.assert_close(run(rnn, 3), right[:, :20])
+assert kernel().setting == kernel().settings[0]
+recall = tuning.store.recall
+tuning.store.recall = lambda name, key: [7, 7] if name == "tuned" else recall(name, key)
+rnn = seqparc.compile(cell, backend="triton", options={"warmup": 8})
+run(rnn, 1)
+assert kernel().setting == kernel().settings[0]
+print("tuned")
+"""
+
 SCAN = """
 import torch
 from seqparc.codegen.gpuscan import scan
@@ -284,6 +344,11 @@ def test_constants_are_the_last_parameters_of_a_kernel() -> None:
 @pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_cells_nobody_wrote_run_as_the_plain_loop_does(examples: int) -> None:
     interpreted(RANDOM, "held", str(examples))
+
+
+def test_settings_are_tried_out_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQPARC_CACHE", str(tmp_path))
+    interpreted(TUNE, "tuned")
 
 
 def test_the_scan_over_chunks_is_the_loop() -> None:

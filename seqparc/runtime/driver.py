@@ -33,8 +33,9 @@ class Kernel(Protocol):
     @property
     def source(self) -> str: ...
 
-    chunk_per_warmup: int
-    """A chunk is at least this many warm-ups long: what a longer one saves where the device is full, it costs where it is not."""
+    @property
+    def chunk_per_warmup(self) -> int:
+        """A chunk is at least this many warm-ups long: what a longer one saves where the device is full, it costs where it is not."""
 
     def chunks_wanted(self, batch: int) -> int:
         """Chunks of a batch that fill the device, at least 1."""

@@ -12,19 +12,20 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seqparc.errors import SeqparcError, SeqparcWarning, ToolchainError
+from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
 from seqparc.plan import Choice, Plan, Stats
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
+from seqparc.runtime.tuning import Tuner
 from seqparc.spans import cut_evenly
 
 #: A start state has converged when it moves by at most this many rounding units, by chunk length. A state that remembers M steps holds the
@@ -56,11 +57,6 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def uncast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """No autocast meanwhile: a plan holds the casts that the cell was seen to make, and wants no others."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
 class Engine:
     """Kernels of one plan on one backend, made when first needed."""
 
@@ -75,6 +71,7 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
+        self.tuner = Tuner(options)
         self._indices: dict[Any, Tensor] = {}
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
@@ -119,7 +116,7 @@ class Engine:
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape)
         warmup, passes, floor = (None, 1, 0.0) if known is None else (known.warmup, known.passes, known.floor)
-        key = direction, batch, steps, best, warmup, passes, floor, watched
+        key = direction, batch, steps, best, warmup, passes, floor, watched, kernel.chunk_per_warmup
         decided = self._decided.get(key)
         if decided is None:
             choice: Choice = self.choose(
@@ -150,6 +147,7 @@ class Engine:
     def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Tensor, list[Tensor]]:
         """Run one recurrence: decide, cut, solve, remember. The last state [batch, numbers] and the sums [chunks, batch, numbers]."""
         name, kernel = self.kernels.get(direction) or self.kernel(direction, program, start.device)
+        alike = self.tuner.adopt(kernel, direction, start.shape[0], steps) if hasattr(kernel, "settings") else None
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, direction, start.device)
         p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem)
@@ -160,6 +158,13 @@ class Engine:
             outcome: Outcome = solve_alone(p, cut, passes)
             if not self.capturing():  # a graph's figures are those of its last replay, and teach nothing
                 self.sure[shape] = cut, passes, outcome
+                if alike is not None and self.tuner.searching:
+
+                    def run() -> bool:
+                        now = self._decide(direction, kernel, start.shape[0], steps)[1]
+                        return len(now.spans) > 1 and solve_alone(p, now, passes).seen().converged
+
+                    self.tuner.search(kernel, alike, run)
         else:
             outcome = self._watched(p, shape, choice, cut)
         self.last[direction] = name, choice, cut, outcome
@@ -237,7 +242,7 @@ class Engine:
         """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state."""
         self.last.pop("backward", None)
         self.own = None
-        return self.solve("forward", self.plan.program, _whole(start), steps, streams=streams, params=params, emits=emits)[0]
+        return self.solve("forward", self.plan.program, whole(start), steps, streams=streams, params=params, emits=emits)[0]
 
     # -- backward --------------------------------------------------------------------------------------------------------
 
@@ -322,83 +327,6 @@ def _plus(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
-class Solve(torch.autograd.Function):
-    """The recurrence as a differentiable function: (start per slot, streams, parameters) -> (states per slot, last per slot)."""
-
-    @staticmethod
-    def forward(ctx: Any, engine: Engine, steps: int, counts: tuple[int, int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        n_state, n_stream = counts
-        start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        # The start state in front, so that the states before each step are a view of the same memory.
-        room = [s.new_empty(s.shape[0], steps + 1, s.shape[1]) for s in start]
-        for r, s in zip(room, start, strict=True):
-            r.select(1, 0).copy_(s)
-        states = [r.narrow(1, 1, steps) for r in room]
-        end = engine.forward(start, streams, params, states, steps)
-        ctx.engine, ctx.counts = engine, counts
-        ctx.save_for_backward(*tensors, *room)
-        return (*states, *parts(end, start))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n_state, n_stream = ctx.counts
-        saved = ctx.saved_tensors
-        tensors, room = saved[:-n_state], saved[-n_state:]
-        start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        with uncast(room[0].device.type), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
-            g_last = _whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
-            results = (None, None, None, *gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last))
-        return once(results, tensors) if torch.is_grad_enabled() else results
-
-
-def gradients(
-    engine: Engine, start: Sequence[Tensor], before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor],
-    g_states: Sequence[Tensor | None], g_last: Tensor,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the start state per slot, the streams and the parameters, from those of the states after each step and of the last."""
-    given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
-    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last)
-    shaped = [None if g is None else g.view(p.shape) for g, p in zip(g_params, params, strict=True)]
-    cast = [g if g is None or g.dtype == s.dtype else g.to(s.dtype) for g, s in zip(g_streams, streams, strict=True)]
-    return [*parts(g_start, start), *cast, *shaped]
-
-
-def _whole(parts: Sequence[Tensor]) -> Tensor:
+def whole(parts: Sequence[Tensor]) -> Tensor:
     """The state as one row per sample, from what it is per slot."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
-
-
-def parts(whole: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What rows of a whole state are per slot, each slot as wide as in `like`."""
-    return (whole,) if len(like) == 1 else whole.split_with_sizes([s.shape[1] for s in like], -1)
-
-
-def unit(g: Tensor) -> Tensor:
-    """A tensor with a unit last stride, as kernels read it."""
-    return g if g.stride(-1) == 1 or g.shape[-1] == 1 else g.contiguous()
-
-
-def once(results: Sequence[Tensor | None], parents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Gradients made with create_graph=True: a second derivative through them would be silently zero without this."""
-    return tuple(r if r is None else _Once.apply(r, *[t for t in parents if t.requires_grad]) for r in results)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated again, and says so when that is tried."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, *parents: Tensor) -> Tensor:
-        return g.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        refuse(ctx, *grads)
-
-
-def refuse(ctx: Any, *grads: Any) -> NoReturn:
-    """The derivative of a gradient."""
-    raise SeqparcError(
-        "a second derivative through a compiled cell was asked for (create_graph=True). The compiled backward is not itself "
-        "differentiable; use rnn.sequential(x, state) where you need second derivatives."
-    )

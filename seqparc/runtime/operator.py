@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from seqparc.errors import SeqparcError, ShapeError
-from seqparc.runtime.engine import ENGINES, Engine, gradients, refuse, unit
+from seqparc.runtime.differentiable import gradients, refuse, unit
+from seqparc.runtime.engine import ENGINES, Engine
 from seqparc.text import digest
 
 _NUMBERED: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from seqparc.convention import Convention
-from seqparc.runtime.engine import Engine, once
+from seqparc.runtime.differentiable import once
+from seqparc.runtime.engine import Engine
 from seqparc.runtime.run import Run, before, run
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from seqparc.plan import StateShape
-from seqparc.runtime.engine import Engine, Solve, parts, uncast, unit
+from seqparc.runtime.differentiable import Solve, parts, uncast, unit
+from seqparc.runtime.engine import Engine
 from seqparc.runtime.operator import number, solve
 
 HALVES = (torch.bfloat16, torch.float16)
