@@ -1,8 +1,8 @@
 """Equality and speed on a GPU: `python benchmarks/gpu.py`. Prints tables, writes benchmarks/out/gpu.json.
 
 First every cell of the tests in float32 and float64 against float64 on the torch backend; then the cases below against the eager loop,
-cuDNN, and our own other strategies. "wall" is one call with the device waited for, "through" a call in a row of many, "graph" a replay of
-a CUDA graph that holds the call. Needs nothing but torch, Triton and what seqparc imports.
+cuDNN, our own other strategies, and pararnn-torch where it is installed. "wall" is one call with the device waited for, "through" a call
+in a row of many, "graph" a replay of a CUDA graph that holds the call. Needs nothing but torch, Triton and what seqparc imports.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ os.environ.setdefault("SEQPARC_CACHE", tempfile.mkdtemp(prefix="seqparc-"))
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
+import peers  # noqa: E402
 import torch  # noqa: E402
 from cases import Case, ElementwiseGRU, same_weights  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -155,7 +156,7 @@ def speed(case: Case, copy: float, compiled: bool, tuned: bool = False) -> list[
     systems: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     if case.builtin is not None:
         layer = case.builtin(cell).to(DEVICE)
-        systems.append(("cuDNN", layer, layer))
+        systems.append((getattr(layer, "label", "cuDNN"), layer, layer))
     ways: list[tuple[str, dict[str, Any]]] = [("newton", {"strategy": "newton"}), ("sequential", {"strategy": "sequential"}), ("auto", {})]
     for label, options in ways + [("tuned", {"tune": True})] * tuned:
         rnn = seqparc.compile(cell, options=options)
@@ -277,7 +278,7 @@ def main() -> int:
         console.print(table("equality, all cells: relative errors of outputs and gradients", wrong or results["equality"][:8]))
         console.print(f"{len(results['equality'])} runs, {len(wrong)} wrong, {time.perf_counter() - begin:.0f} s")
         save()
-    for case in CASES:
+    for case in (*CASES, *peers.cases()):
         if args.only in case.name:
             if time.perf_counter() - begin > args.seconds:
                 console.print(f"{case.name}: left out, the time is up")

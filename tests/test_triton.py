@@ -212,6 +212,35 @@ assert kernel().setting == kernel().settings[0]
 print("tuned")
 """
 
+FAR = """
+import numpy as np
+import torch
+import seqparc
+from seqparc.codegen import stepwise
+from seqparc.codegen.gpulaunch import TritonKernel
+from tests.cells import CELLS
+
+
+def tiles(*args):
+    raise stepwise.TooIrregularError("not wanted")
+
+
+# Memory that nobody writes to is not there: of these 17 GB a few pages are.
+cell, steps, width = CELLS["elementwise GRU"].make(), 6, CELLS["elementwise GRU"].inputs
+room = torch.from_numpy(np.zeros(2**32 + 2**20, np.float32))
+for stride in ((2**32, 1000), (2**20, 2**29 + 1)):  # samples so far apart, or steps
+    x = room.as_strided((2, steps, width), (*stride, 1))
+    x.copy_(torch.randn(2, steps, width))
+    right = seqparc.compile(cell, backend="torch")(x.contiguous())[0]
+    for make in (TritonKernel, tiles):
+        stepwise.TritonKernel = make
+        with torch.no_grad():
+            rnn = seqparc.compile(cell, backend="triton", options={"strategy": "shooting", "chunks": 2, "warmup": 2})
+            torch.testing.assert_close(rnn(x)[0], right)
+        assert rnn.stats.backend == "triton"
+print("far")
+"""
+
 SCAN = """
 import torch
 from seqparc.codegen.gpuscan import scan
@@ -349,6 +378,10 @@ def test_cells_nobody_wrote_run_as_the_plain_loop_does(examples: int) -> None:
 def test_settings_are_tried_out_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEQPARC_CACHE", str(tmp_path))
     interpreted(TUNE, "tuned")
+
+
+def test_offsets_may_be_wider_than_32_bits() -> None:
+    interpreted(FAR, "far")
 
 
 def test_the_scan_over_chunks_is_the_loop() -> None:
