@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from seqparc import structural as structural  # registers its handlers
+from seqparc import convolution as convolution  # registers its handlers
+from seqparc import structural as structural
 from seqparc.captured import Getter, reachable
 from seqparc.errors import InternalError, TraceError, UnsupportedOpError
 from seqparc.graphs import Graph, Key, carve, unify
@@ -115,10 +116,16 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
         out, following = convention.call(cell, list(leaves[: len(x)]), list(leaves[len(x) :]))
         return [*(out or []), *following]
 
-    with torch.no_grad(), uncached():
-        made = record(step, inputs, {id(t): name for name, _, t in found})
+    with torch.no_grad(), uncached(), unfused():
+        made = record(step, inputs, {id(t): name for name, _, t in found}, len(x))
     if made.random:
         raise UnsupportedOpError(f"{made.random[0]}: the cell draws random numbers, which seqparc cannot follow yet")
+    shown = len(state) if convention.out is None else convention.out.count
+    for where in (where for i, where in made.rewritten.items() if i < shown):
+        raise TraceError(
+            f"{where or 'the cell'} changes the state in place and the cell gives the same tensor out, so that in a loop all outputs would "
+            "become the last one. Return a new tensor: write h = h + u instead of h += u, or clone first."
+        )
     own = () if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
     return Traced(**vars(made), getters={name: get for name, get, _ in found}, own_gradient=own)
 
@@ -133,6 +140,20 @@ def uncached() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(was)
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """A layer that some library runs as one operation (a sequence layer used as a cell) is taken apart meanwhile."""
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    were = [library.enabled for library in libraries]
+    for library in libraries:
+        library.enabled = False
+    try:
+        yield
+    finally:
+        for library, was in zip(libraries, were, strict=True):
+            library.enabled = was
 
 
 def _same(t: Tensor) -> Tensor:

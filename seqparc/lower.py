@@ -182,7 +182,21 @@ class Lowering(Layouts):
         if kind == "const" and node.op != "placeholder" and not is_view:
             return self._constant(node)
         if kind in ("param", "x") and not is_view and not (self.folding and worth_folding(node)):
-            return self._frontier(node, kind, val)
+            if kind == "param" or not isinstance(val, torch.Tensor) or (val.dim() and val.shape[0] == self.graph.batch_sizes[0]):
+                return self._frontier(node, kind, val)
+            # Its samples lie along another axis, as the core can follow and a stream cannot.
+            try:
+                return self._operation(node)
+            except UnsupportedOpError as error:
+                raise TraceError(
+                    f"{node.meta.get('src') or 'the cell'}: {target} makes a tensor of shape {list(val.shape)} out of x; its first axis "
+                    "must stay the batch axis up to where the state comes in"
+                ) from error
+        return self._operation(node)
+
+    def _operation(self, node: fx.Node) -> Any:
+        """A node in the core, by its operation."""
+        target, is_view = str(node.target), _moves_only(node)
         if _is_part(node):
             return self.lower(node.args[0])[node.args[1]]
         handler = STRUCTURAL.get(target)
@@ -215,11 +229,6 @@ class Lowering(Layouts):
             if zero is not None and zero.any():
                 self.known_zero[slot] = zero.reshape(-1)
             return Laid(ir.leaf("param", slot, np.arange(val.numel())[None]), np.arange(val.numel()).reshape(val.shape), None)
-        if val.dim() == 0 or val.shape[0] != self.graph.batch_sizes[0]:
-            raise TraceError(
-                f"{node.meta.get('src') or 'the cell'}: {node.target} makes a tensor of shape {list(val.shape)} out of x; its first axis "
-                "must stay the batch axis up to where the state comes in"
-            )
         size = val.numel() // val.shape[0]
         return self._input(ir.leaf("stream", slot, np.arange(size)[None]), val)
 

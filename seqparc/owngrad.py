@@ -48,12 +48,13 @@ class _Watch(TorchFunctionMode):
 def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[str, ...]:
     """Where a cell cuts or replaces gradients, in words; nothing if its derivative is that of what it computes."""
 
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().clone().requires_grad_(t.dtype.is_floating_point)
+    def given(t: Tensor) -> Tensor:
+        """As in the middle of a loop: not a leaf, which autograd would not let a cell change in place."""
+        return t.detach().requires_grad_(t.dtype.is_floating_point).clone()
 
     watch = _Watch()
     with torch.enable_grad(), watch:
-        out, following = convention.call(cell, [leaf(t) for t in x], [leaf(t) for t in state])
+        out, following = convention.call(cell, [given(t) for t in x], [given(t) for t in state])
     todo = [t.grad_fn for t in (*(out or ()), *following)]
     if any(t.is_inference() for t in (*(out or ()), *following)):
         watch.found.append("inference_mode")
@@ -90,7 +91,9 @@ class Vjp:
         g_state, g_out = given[self.n_x + n :][:k], given[self.n_x + n + k :]
         with torch.enable_grad():
             state = [s.detach().requires_grad_() if f else s for s, f in zip(state, self.floating, strict=True)]
-            out, following = self.convention.call(self.cell, list(x), state)
+            # Not leaves, which autograd would not let a cell change in place.
+            apart = [s.clone() if f else s for s, f in zip(state, self.floating, strict=True)]
+            out, following = self.convention.call(self.cell, list(x), apart)
         wanted = [s for s, f in zip(state, self.floating, strict=True) if f]
         cotangents = [m + g for m, g in zip(mu, g_state, strict=True)]
         pairs = list(zip([t for t, f in zip(following, self.floating, strict=True) if f], cotangents, strict=True))

@@ -48,6 +48,8 @@ class Trace:
     outputs: list[fx.Node]
     attributes: dict[str, torch.Tensor]
     random: list[Source] = field(default_factory=list)
+    #: Outputs that lie in the memory of an input that the function wrote to, with the line that wrote.
+    rewritten: dict[int, Source | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +67,7 @@ class _Storage:
     base: fx.Node | None = None  # the whole storage, flat; made when first needed
     version: int = 0
     writes: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (version, storage offsets written)
+    written: Source | None = None  # by the first write
     origin: str = "fresh"  # "fresh", or what a write to it would change: "an input", "the parameter weight"
 
 
@@ -171,6 +174,7 @@ class _Recorder(TorchDispatchMode):
                 aten.as_strided_scatter.default, (self.whole(storage), node, list(t.shape), list(t.stride()), t.storage_offset())
             )
         storage.version += 1
+        storage.written = storage.written or user_source()
         storage.writes.append((storage.version, _offsets(t)))
         storage.entries[_geometry(t)] = _Entry(node, storage.version)
 
@@ -238,8 +242,13 @@ class _Recorder(TorchDispatchMode):
 
     def mutation(self, func: Any, name: str, args: Any, kwargs: Any, written: list[torch.Tensor]) -> Any:
         """An in-place or out= operation: record the functional one, run the real one, note the write."""
-        packet, overload = name.removeprefix("aten.").rsplit(".", 1)
+        packet = name.removeprefix("aten.").rsplit(".", 1)[0]
         target = written[0]
+        if torch.Tag.inplace_view in func.tags and packet not in ("set_", "resize_") and (view := _functional(func, packet, set())):
+            nodes = self.nodes(args), self.nodes(kwargs)
+            result = func(*args, **kwargs)  # only the tensor's shape changes, not what it holds
+            self.define(target, self.emit(view, nodes[0], target.view_as(target), nodes[1]))
+            return result
         if len(written) > 1 or packet in ("set_", "resize_"):
             raise TraceError(f"{user_source() or 'the cell'} uses {name}, which seqparc cannot follow. Use its functional form.")
         if target.untyped_storage()._cdata not in self.storages:
@@ -247,8 +256,8 @@ class _Recorder(TorchDispatchMode):
         origin = self.storages[target.untyped_storage()._cdata].origin
         if origin != "fresh":  # refused before the real write happens
             raise TraceError(
-                f"{user_source() or 'the cell'} changes {origin} in place. A cell must return its new state and leave its "
-                "inputs, parameters and buffers as they are: write h = h + u instead of h += u, or clone first."
+                f"{user_source() or 'the cell'} changes {origin} in place. A cell must leave its inputs, parameters and buffers as they "
+                "are: write y = x + u instead of x += u, or clone first."
             )
         functional: Any
         fargs: tuple[Any, ...]
@@ -263,9 +272,7 @@ class _Recorder(TorchDispatchMode):
                 functional, fargs, fkw = aten.full.default, (list(args[0].shape), value), {"dtype": args[0].dtype}
         else:
             out = {s.name for s in func._schema.arguments if s.kwarg_only and s.alias_info and s.alias_info.is_write}
-            base = getattr(aten, packet.removesuffix("_"), None)
-            names = ("Tensor", "default") if out else (overload,)
-            plain = next((getattr(base, n) for n in names if hasattr(base, n)), None)
+            plain = _functional(func, packet, out)
             if plain is None:
                 raise TraceError(f"{user_source() or 'the cell'} uses {name}, which has no functional form. Avoid the in-place call.")
             functional, fargs, fkw = plain, args, {k: v for k, v in kwargs.items() if k not in out}
@@ -276,6 +283,17 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+def _functional(func: Any, packet: str, out: set[str]) -> Any:
+    """The operation that gives what an in-place or out= one writes: the one that takes the same, whatever it is called."""
+
+    def taken(op: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in op._schema.arguments if a.name not in out]
+
+    base = getattr(aten, packet if out else packet.removesuffix("_"), None)
+    found = [] if base is None else [getattr(base, name) for name in base.overloads()]
+    return next((op for op in found if op is not func and taken(op) == taken(func) and not op._schema.is_mutable), None)
+
+
 def _getitem(sequence: Sequence[Any], i: int) -> Any:
     return sequence[i]
 
@@ -284,20 +302,26 @@ def _copied(value: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.
     return value.to(dtype).expand(shape)
 
 
-def record(function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], names: dict[int, str]) -> Trace:
+def record(
+    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], names: dict[int, str], given: int | None = None
+) -> Trace:
     """Record `function(*inputs)`.
 
-    `names` maps the id of a known parameter or buffer to its name. The function's results must be tensors.
+    `names` maps the id of a known parameter or buffer to its name. The function's results must be tensors. The inputs from number
+    `given` on are the function's own, to write to.
     """
     recorder = _Recorder(names)
     placeholders = []
     for i, t in enumerate(inputs):
         node = recorder.graph.placeholder(f"in_{i}")
-        recorder.define(t, node, "one of its inputs (x or the state)")
+        recorder.define(t, node, "x" if given is None or i < given else "fresh")
         placeholders.append(node)
     with recorder:
         results = function(*inputs)
     outputs = [recorder.read(r) for r in results]
     recorder.graph.output(tuple(outputs))
     recorder.graph.eliminate_dead_code()
-    return Trace(recorder.graph, placeholders, outputs, recorder.attributes, recorder.random)
+    own = {t.untyped_storage()._cdata for t in inputs}
+    lies = {i: recorder.storages[at] for i, r in enumerate(results) if (at := r.untyped_storage()._cdata) in own}
+    rewritten = {i: storage.written for i, storage in lies.items() if storage.version}
+    return Trace(recorder.graph, placeholders, outputs, recorder.attributes, recorder.random, rewritten)

@@ -19,7 +19,7 @@ from seqparc.lower import STRUCTURAL, Lowering
 Handler = Callable[..., Any]
 
 
-def _lowers(*names: str) -> Callable[[Handler], Handler]:
+def lowers(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         for name in names:
             STRUCTURAL[f"aten.{name}" if "." in name else f"aten.{name}.default"] = handler
@@ -37,22 +37,22 @@ def _scaled(lo: Lowering, t: Any, factor: float) -> Any:
     return lo.map("mul", t, float(factor)) if isinstance(t, Laid) else t * factor
 
 
-@_lowers("add.Tensor", "add.Scalar")
+@lowers("add.Tensor", "add.Scalar")
 def _add(lo: Lowering, node: Any, a: Any, b: Any, alpha: float = 1) -> Laid:
     return lo.map("add", lo.lower(a), _scaled(lo, lo.lower(b), alpha))
 
 
-@_lowers("sub.Tensor", "sub.Scalar")
+@lowers("sub.Tensor", "sub.Scalar")
 def _sub(lo: Lowering, node: Any, a: Any, b: Any, alpha: float = 1) -> Laid:
     return lo.map("sub", lo.lower(a), _scaled(lo, lo.lower(b), alpha))
 
 
-@_lowers("rsub.Tensor", "rsub.Scalar")
+@lowers("rsub.Tensor", "rsub.Scalar")
 def _rsub(lo: Lowering, node: Any, a: Any, b: Any, alpha: float = 1) -> Laid:
     return lo.map("sub", lo.lower(b), _scaled(lo, lo.lower(a), alpha))
 
 
-@_lowers("pow.Tensor_Scalar")
+@lowers("pow.Tensor_Scalar")
 def _pow(lo: Lowering, node: Any, a: Any, exponent: float) -> Laid:
     t = lo.lower(a)
     exact = {2: lambda: lo.map("square", t), 3: lambda: lo.map("mul", lo.map("square", t), t), 0.5: lambda: lo.map("sqrt", t),
@@ -60,39 +60,39 @@ def _pow(lo: Lowering, node: Any, a: Any, exponent: float) -> Laid:
     return exact[exponent]() if exponent in exact else lo.map("pow", t, float(exponent))
 
 
-@_lowers("addcmul")
+@lowers("addcmul")
 def _addcmul(lo: Lowering, node: Any, t: Any, a: Any, b: Any, value: float = 1) -> Laid:
     return lo.map("add", lo.lower(t), _scaled(lo, lo.map("mul", lo.lower(a), lo.lower(b)), value))
 
 
-@_lowers("addcdiv")
+@lowers("addcdiv")
 def _addcdiv(lo: Lowering, node: Any, t: Any, a: Any, b: Any, value: float = 1) -> Laid:
     return lo.map("add", lo.lower(t), _scaled(lo, lo.map("div", lo.lower(a), lo.lower(b)), value))
 
 
-@_lowers("lerp.Scalar", "lerp.Tensor")
+@lowers("lerp.Scalar", "lerp.Tensor")
 def _lerp(lo: Lowering, node: Any, a: Any, b: Any, weight: Any) -> Laid:
     start = lo.lower(a)
     return lo.map("add", start, lo.map("mul", lo.map("sub", lo.lower(b), start), lo.lower(weight)))
 
 
-@_lowers("div.Tensor_mode", "floor_divide")
+@lowers("div.Tensor_mode", "floor_divide")
 def _div_mode(lo: Lowering, node: Any, a: Any, b: Any, rounding_mode: str | None = "floor") -> Laid:
     quotient = lo.map("div", lo.lower(a), lo.lower(b))
     return lo.map(rounding_mode, quotient) if rounding_mode else quotient
 
 
-@_lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+@lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _where(lo: Lowering, node: Any, c: Any, a: Any, b: Any) -> Laid:
     return lo.map("where", lo.lower(c), lo.lower(a), lo.lower(b))
 
 
-@_lowers("masked_fill.Scalar", "masked_fill.Tensor")
+@lowers("masked_fill.Scalar", "masked_fill.Tensor")
 def _masked_fill(lo: Lowering, node: Any, t: Any, mask: Any, value: Any) -> Laid:
     return lo.map("where", lo.lower(mask), lo.lower(value), lo.lower(t))
 
 
-@_lowers("clamp", "clamp.Tensor", "clamp_min", "clamp_max", "clamp_min.Tensor", "clamp_max.Tensor", "hardtanh")
+@lowers("clamp", "clamp.Tensor", "clamp_min", "clamp_max", "clamp_min.Tensor", "clamp_max.Tensor", "hardtanh")
 def _clamp(lo: Lowering, node: Any, t: Any, low: Any = None, high: Any = None, **named: Any) -> Laid:
     name = str(node.target)
     low, high = named.get("min", low), named.get("max", high)
@@ -112,22 +112,22 @@ def _clamp(lo: Lowering, node: Any, t: Any, low: Any = None, high: Any = None, *
     return value  # type: ignore[no-any-return]
 
 
-@_lowers("logical_and", "bitwise_and.Tensor")
+@lowers("logical_and", "bitwise_and.Tensor")
 def _and(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
     return lo.map("mul", lo.map("ne", lo.lower(a), 0.0), lo.map("ne", lo.lower(b), 0.0))
 
 
-@_lowers("logical_or", "bitwise_or.Tensor")
+@lowers("logical_or", "bitwise_or.Tensor")
 def _or(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
     return lo.map("maximum", lo.map("ne", lo.lower(a), 0.0), lo.map("ne", lo.lower(b), 0.0))
 
 
-@_lowers("logical_not", "bitwise_not")
+@lowers("logical_not", "bitwise_not")
 def _not(lo: Lowering, node: Any, a: Any) -> Laid:
     return lo.map("eq", lo.lower(a), 0.0)
 
 
-@_lowers("_to_copy")
+@lowers("_to_copy")
 def _to_copy(lo: Lowering, node: Any, t: Any, dtype: torch.dtype | None = None, **_: Any) -> Laid:
     source = lo.lower(t)
     if dtype is None or dtype.is_floating_point:
@@ -135,7 +135,7 @@ def _to_copy(lo: Lowering, node: Any, t: Any, dtype: torch.dtype | None = None, 
     return lo.map("ne", source, 0.0) if dtype is torch.bool else lo.map("trunc", source)
 
 
-@_lowers("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty")
+@lowers("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty")
 def _like(lo: Lowering, node: Any, t: Any, *args: Any, **kwargs: Any) -> Laid:
     name = str(node.target).removeprefix("aten.").removesuffix(".default")
     source = lo.lower(t)
@@ -153,12 +153,12 @@ def _const(value: float) -> Any:
 # -- activations as PyTorch computes them --------------------------------------------------------------------------------
 
 
-@_lowers("silu")
+@lowers("silu")
 def _silu(lo: Lowering, node: Any, t: Any) -> Laid:
     return lo.map("mul", lo.lower(t), lo.map("sigmoid", lo.lower(t)))
 
 
-@_lowers("gelu")
+@lowers("gelu")
 def _gelu(lo: Lowering, node: Any, t: Any, approximate: str = "none") -> Laid:
     x = lo.lower(t)
     if approximate == "none":
@@ -169,7 +169,7 @@ def _gelu(lo: Lowering, node: Any, t: Any, approximate: str = "none") -> Laid:
     return lo.map("mul", lo.map("mul", x, 0.5), lo.map("add", inner, 1.0))
 
 
-@_lowers("softplus")
+@lowers("softplus")
 def _softplus(lo: Lowering, node: Any, t: Any, beta: float = 1, threshold: float = 20) -> Laid:
     x = lo.lower(t)
     scaled = _scaled(lo, x, beta)
@@ -177,33 +177,33 @@ def _softplus(lo: Lowering, node: Any, t: Any, beta: float = 1, threshold: float
     return lo.map("where", lo.map("gt", scaled, float(threshold)), x, soft)
 
 
-@_lowers("elu")
+@lowers("elu")
 def _elu(lo: Lowering, node: Any, t: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Laid:
     x = lo.lower(t)
     low = lo.map("mul", lo.map("expm1", _scaled(lo, x, input_scale)), float(alpha * scale))
     return lo.map("where", lo.map("gt", x, 0.0), _scaled(lo, x, scale), low)
 
 
-@_lowers("leaky_relu")
+@lowers("leaky_relu")
 def _leaky(lo: Lowering, node: Any, t: Any, slope: float = 0.01) -> Laid:
     x = lo.lower(t)
     return lo.map("where", lo.map("gt", x, 0.0), x, lo.map("mul", x, float(slope)))
 
 
-@_lowers("_prelu_kernel")
+@lowers("_prelu_kernel")
 def _prelu(lo: Lowering, node: Any, t: Any, weight: Any) -> Laid:
     x = lo.lower(t)
     return lo.map("where", lo.map("gt", x, 0.0), x, lo.map("mul", x, lo.lower(weight)))
 
 
-@_lowers("log_sigmoid_forward")
+@lowers("log_sigmoid_forward")
 def _log_sigmoid(lo: Lowering, node: Any, t: Any) -> list[Laid]:
     x = lo.lower(t)
     small = lo.map("log1p", lo.map("exp", lo.map("neg", lo.map("abs", x))))
     return [lo.map("sub", lo.map("minimum", x, 0.0), small), x]
 
 
-@_lowers("hardsigmoid")
+@lowers("hardsigmoid")
 def _hardsigmoid(lo: Lowering, node: Any, t: Any) -> Laid:
     inner = lo.map("minimum", lo.map("maximum", lo.map("add", lo.lower(t), 3.0), 0.0), 6.0)
     return lo.map("div", inner, 6.0)
@@ -212,12 +212,12 @@ def _hardsigmoid(lo: Lowering, node: Any, t: Any) -> Laid:
 # -- products ------------------------------------------------------------------------------------------------------------
 
 
-@_lowers("mm", "bmm")
+@lowers("mm", "bmm")
 def _mm(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
     return lo.product(lo.lower(a), lo.lower(b))
 
 
-@_lowers("addmm", "baddbmm")
+@lowers("addmm", "baddbmm")
 def _addmm(lo: Lowering, node: Any, c: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Laid:
     result = _scaled(lo, lo.product(lo.lower(a), lo.lower(b)), alpha)
     return lo.map("add", result, _scaled(lo, lo.lower(c), beta)) if beta else result
@@ -231,17 +231,17 @@ def _drop(t: Laid, axis: int) -> Laid:
     return Laid(t.value, np.squeeze(t.elem, axis), None if t.batch is None else np.squeeze(t.batch, axis))
 
 
-@_lowers("mv")
+@lowers("mv")
 def _mv(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
     return _drop(lo.product(lo.lower(a), _axis(lo, lo.lower(b), -1)), -1)
 
 
-@_lowers("dot")
+@lowers("dot")
 def _dot(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
     return _drop(_drop(lo.product(_axis(lo, lo.lower(a), 0), _axis(lo, lo.lower(b), -1)), -1), 0)
 
 
-@_lowers("linear")
+@lowers("linear")
 def _linear(lo: Lowering, node: Any, x: Any, w: Any, bias: Any = None) -> Laid:
     weight = lo.lower(w)
     t = lo.lower(x)
@@ -255,29 +255,29 @@ def _linear(lo: Lowering, node: Any, x: Any, w: Any, bias: Any = None) -> Laid:
 # -- folds ---------------------------------------------------------------------------------------------------------------
 
 
-@_lowers("sum", "sum.dim_IntList")
+@lowers("sum", "sum.dim_IntList")
 def _sum(lo: Lowering, node: Any, t: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
     return lo.fold("sum", lo.lower(t), dim, keepdim)
 
 
-@_lowers("mean", "mean.dim")
+@lowers("mean", "mean.dim")
 def _mean(lo: Lowering, node: Any, t: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
     source = lo.lower(t)
     total = lo.fold("sum", source, dim, keepdim)
     return lo.map("div", total, float(source.elem.size / total.elem.size))
 
 
-@_lowers("amax")
+@lowers("amax")
 def _amax(lo: Lowering, node: Any, t: Any, dim: Any = None, keepdim: bool = False) -> Laid:
     return lo.fold("max", lo.lower(t), dim, keepdim)
 
 
-@_lowers("amin")
+@lowers("amin")
 def _amin(lo: Lowering, node: Any, t: Any, dim: Any = None, keepdim: bool = False) -> Laid:
     return lo.map("neg", lo.fold("max", lo.map("neg", lo.lower(t)), dim, keepdim))
 
 
-@_lowers("var.correction")
+@lowers("var.correction")
 def _var(lo: Lowering, node: Any, t: Any, dim: Any = None, correction: float | None = None, keepdim: bool = False) -> Laid:
     source = lo.lower(t)
     count = source.elem.size / lo.fold("sum", source, dim, True).elem.size
@@ -286,14 +286,14 @@ def _var(lo: Lowering, node: Any, t: Any, dim: Any = None, correction: float | N
     return lo.map("div", squares, float(count - (1 if correction is None else correction)))
 
 
-@_lowers("linalg_vector_norm")
+@lowers("linalg_vector_norm")
 def _norm(lo: Lowering, node: Any, t: Any, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
     if order != 2:
         raise UnsupportedOpError(f"{node.meta.get('src')}: a vector norm of order {order} in the core")
     return lo.map("sqrt", lo.fold("sum", lo.map("square", lo.lower(t)), dim, keepdim))
 
 
-@_lowers("native_layer_norm")
+@lowers("native_layer_norm")
 def _layer_norm(lo: Lowering, node: Any, t: Any, shape: Any, weight: Any, bias: Any, eps: float) -> list[Laid]:
     x = lo.lower(t)
     dims = list(range(-len(shape), 0))
@@ -310,7 +310,7 @@ def _layer_norm(lo: Lowering, node: Any, t: Any, shape: Any, weight: Any, bias: 
     return [y, mean, scale]
 
 
-@_lowers("_softmax", "_log_softmax")
+@lowers("_softmax", "_log_softmax")
 def _softmax(lo: Lowering, node: Any, t: Any, dim: int, half_to_float: bool = False) -> Laid:
     x = lo.lower(t)
     shifted = lo.map("sub", x, lo.fold("max", x, [dim], True))
@@ -324,17 +324,22 @@ def _softmax(lo: Lowering, node: Any, t: Any, dim: int, half_to_float: bool = Fa
 # -- several sources -----------------------------------------------------------------------------------------------------
 
 
-@_lowers("cat", "stack")
+@lowers("cat", "stack")
 def _cat(lo: Lowering, node: Any, tensors: Any, dim: int = 0) -> Laid:
     return lo.move(node, lo.lower(tensors), lambda c: node.target(c, dim))[0]
 
 
-@_lowers("slice_scatter", "select_scatter", "as_strided_scatter")
+@lowers("slice_scatter", "select_scatter", "as_strided_scatter")
 def _scatter(lo: Lowering, node: Any, t: Any, source: Any, *where: Any, **named: Any) -> Laid:
     return lo.move(node, [lo.lower(t), lo.lower(source)], lambda c: node.target(c[0], c[1], *where, **named))[0]
 
 
-@_lowers("index.Tensor")
+@lowers("select_backward", "slice_backward", "diagonal_backward")
+def _placed(lo: Lowering, node: Any, g: Any, *where: Any) -> Laid:
+    return lo.move(node, [lo.lower(g)], lambda c: node.target(c[0], *where))[0]
+
+
+@lowers("index.Tensor")
 def _index(lo: Lowering, node: Any, t: Any, indices: Any) -> Laid:
     fixed = lo._static_index(list(indices))
     return lo.move(node, [lo.lower(t)], lambda c: node.target(c[0], fixed))[0]
@@ -343,17 +348,17 @@ def _index(lo: Lowering, node: Any, t: Any, indices: Any) -> Laid:
 # -- derivatives, met when the cell's own gradient is recorded -----------------------------------------------------------
 
 
-@_lowers("sigmoid_backward")
+@lowers("sigmoid_backward")
 def _sigmoid_backward(lo: Lowering, node: Any, g: Any, y: Any) -> Laid:
     y = lo.lower(y)
     return lo.map("mul", lo.lower(g), lo.map("mul", y, lo.map("sub", 1.0, y)))
 
 
-@_lowers("tanh_backward")
+@lowers("tanh_backward")
 def _tanh_backward(lo: Lowering, node: Any, g: Any, y: Any) -> Laid:
     return lo.map("mul", lo.lower(g), lo.map("sub", 1.0, lo.map("square", lo.lower(y))))
 
 
-@_lowers("threshold_backward")
+@lowers("threshold_backward")
 def _threshold_backward(lo: Lowering, node: Any, g: Any, x: Any, threshold: float) -> Laid:
     return lo.map("where", lo.map("le", lo.lower(x), float(threshold)), 0.0, lo.lower(g))
