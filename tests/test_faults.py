@@ -192,8 +192,6 @@ def test_options_that_do_not_exist() -> None:
             seqparc.compile(Plain(), options=wrong)
     with pytest.raises(seqparc.SignatureError, match="int"):
         seqparc.compile(3)
-    with pytest.raises(seqparc.SeqparcError, match="lengths"):
-        seqparc.compile(Plain())(torch.zeros(2, 5, 4), lengths=torch.tensor([3, 5]))
 
 
 def test_divergence_can_be_an_error_or_a_warning() -> None:

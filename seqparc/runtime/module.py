@@ -16,6 +16,7 @@ from seqparc import signature as sig
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
+from seqparc.runtime import variant
 from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import OwnGradientCall
 from seqparc.runtime.reference import loop
@@ -102,25 +103,51 @@ class CompiledRNN(nn.Module):
     def forward(self, x: Any, state: Any = None, lengths: Any = None, reset: Any = None) -> tuple[Any, Any]:
         """Run the cell over x [batch, time, ...] from `state` (default: the initial state).
 
+        lengths  ints [batch]: y is zero past each sample's length, and last is the state at it; what x holds there does not matter
+        reset    bools [batch, time]: before these steps the state is put back to what the run started from
+
         Returns (y, last). Raises ShapeError for an input of the wrong shape, dtype or device, and what `seqparc.compile`
         documents for cells that cannot be compiled.
         """
         if lengths is not None or reset is not None:
-            raise SeqparcError("lengths= and reset= are not supported yet; pad, run, and mask the outputs")
+            return self._varied(x, state, lengths, reset)
         if torch.compiler.is_compiling():
             from seqparc.runtime import traced
 
             return traced.call(self, x, state)
         call = self._call(x, state)
+        return call.convention.unflatten(*self._answer(call, self.cell))
+
+    def _answer(self, call: Call, cell: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Output leaves [batch, time, ...] and last state leaves of a call of the cell, or of a step made from it."""
         leaves, convention, start, _ = call
-        engine = self._engine(call)
+        engine = self._engine(call, cell)
         if isinstance(engine, str):
-            outputs, last = loop(lambda a, b: convention.call(self.cell, a, b), leaves, start)
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
-        else:
-            outputs, last = self._run(engine, convention, leaves, start)
-            self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
-        return convention.unflatten(outputs, last)
+            return loop(lambda a, b: convention.call(cell, a, b), leaves, start)
+        answer = self._run(engine, cell, convention, leaves, start)
+        self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
+        return answer
+
+    def _varied(self, x: Any, state: Any, lengths: Any, reset: Any) -> tuple[Any, Any]:
+        """A call with lengths or resets."""
+        if torch.compiler.is_compiling():  # a graph ends here, and goes on after the call
+            torch._dynamo.graph_break()
+            return torch.compiler.disable(CompiledRNN._varied)(self, x, state, lengths, reset)
+        leaves, convention, start, _ = self._call(x, state)
+        again = None if reset is None else variant.checked_reset(reset, leaves[0])
+        ends = None if lengths is None else variant.checked_lengths(lengths, leaves[0])
+        live = None if ends is None else variant.inside(ends, leaves[0].shape[1])
+        if live is not None:
+            leaves = variant.masked(leaves, live)
+        step = variant.Variant(self.cell, convention, len(leaves), reset is not None)
+        given = variant.given_to(step, leaves, start, again)
+        outputs, last = self._answer(Call(given, step.signature, start, about_call(step.signature, given, start)), step)
+        shown, states = outputs[: step.n_out], outputs[step.n_out :]
+        y = states if convention.out is None else shown
+        if ends is not None and live is not None:
+            y, last = variant.masked(y, live), variant.last_of(states, start, ends)
+        return convention.unflatten(y, last)
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
         """One step, for streaming and decoding: x_t [batch, ...] -> (y_t, state)."""
@@ -245,14 +272,14 @@ class CompiledRNN(nn.Module):
             if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled("cpu"):
                 raise ShapeError(f"x is {wrong}, the cell's parameters are {parameter.dtype}; convert one with .to(dtype)")
 
-    def _engine(self, call: Call, step: Any = None) -> Engine | str:
+    def _engine(self, call: Call, cell: Any = None) -> Engine | str:
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
+        cell = self.cell if cell is None else cell
         key = call.about, self.training, torch.is_autocast_enabled(call.about[0])
         engine = self._engines.get(key)
         if isinstance(engine, Engine) and engine.plan.stale():
             engine = None
         if engine is None:
-            cell = self.cell if step is None else step
             convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
             try:
                 with uncollected():
@@ -262,7 +289,7 @@ class CompiledRNN(nn.Module):
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
-                if step is None:
+                if cell is self.cell or isinstance(cell, variant.Variant):
                     message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
             self._engines[key] = engine
@@ -272,7 +299,9 @@ class CompiledRNN(nn.Module):
         engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), TOOLS["choose"])
         return run(engine, x, start).outputs
 
-    def _run(self, engine: Engine, convention: sig.Convention, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _run(
+        self, engine: Engine, cell: Any, convention: sig.Convention, x: list[Tensor], start: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         own = bool(engine.plan.own_gradient)
         captured = [get() for get in engine.plan.attributes.values()] if own else []
         if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *captured))):
@@ -280,11 +309,11 @@ class CompiledRNN(nn.Module):
             return done.outputs, done.last
 
         def adjoint(given: list[Tensor], mu: list[Tensor]) -> Engine:
-            step = TOOLS["adjoint_step"](self.cell, convention, len(x), [s.dtype.is_floating_point for s in start])
+            step = TOOLS["adjoint_step"](cell, convention, len(x), [s.dtype.is_floating_point for s in start])
             found = self._engine(Call(given, step.signature, mu, about_call(step.signature, given, mu)), step)
             if isinstance(found, str):
                 raise UnsupportedOpError(f"the gradient of {self.name}, which is its own, cannot be compiled: {found}")
             return found
 
         asked = [t for t in captured if t.requires_grad and t.is_leaf]
-        return OwnGradientCall(self.cell, convention, engine, adjoint, asked)(x, start)
+        return OwnGradientCall(cell, convention, engine, adjoint, asked)(x, start)

@@ -1,0 +1,95 @@
+"""Sequences of different lengths, and states put back on the way.
+
+A reset is part of the step: the cell is compiled with `where(reset, initial, state)` in front, so the kernels, the Jacobians and the
+gradients know of it, and a reset is a place where chunks converge at once. A length is not, as a state that is only held after its end
+would have to travel through all chunks behind it: the sequence is run on over zeros, and what counts is picked out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqparc.convention import Convention
+from seqparc.errors import ShapeError
+from seqparc.tree import LEAF, Structure
+
+
+class Variant(nn.Module):
+    """A cell that gives its states out beside its outputs, and with `resets` is told where to begin anew and from what.
+
+    ((x leaves, reset, initial state leaves), (state leaves)) -> ((output leaves, state leaves), (state leaves)).
+    """
+
+    def __init__(self, cell: Any, convention: Convention, n_x: int, resets: bool) -> None:
+        super().__init__()
+        self.cell, self.convention, self.n_x, self.resets = cell, convention, n_x, resets
+        self.n_out = 0 if convention.out is None else convention.out.count
+
+    @property
+    def signature(self) -> Convention:
+        """How this is called."""
+        n = self.convention.state.count
+
+        def leaves(count: int) -> Structure:
+            return Structure("tuple", children=(LEAF,) * count)
+
+        given = leaves(self.n_x + (1 + n if self.resets else 0))
+        return Convention(("x", "state"), leaves(n), given, "out, state", leaves(self.n_out + n))
+
+    def forward(self, given: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        x, now = given[: self.n_x], list(state)
+        if self.resets:
+            again, *initial = given[self.n_x :]
+            now = [torch.where(again.reshape(-1, *[1] * (s.dim() - 1)), i, s) for i, s in zip(initial, now, strict=True)]
+        out, following = self.convention.call(self.cell, list(x), now)
+        return (*(out or ()), *following), tuple(following)
+
+
+def checked_reset(reset: Any, x: Tensor) -> Tensor:
+    """`reset` as a tensor of bools [batch, time]. Raises ShapeError."""
+    found = torch.as_tensor(reset, device=x.device)
+    if found.shape != x.shape[:2] or found.dtype is not torch.bool:
+        raise ShapeError(
+            f"reset is {found.dtype} of shape {list(found.shape)}; it must be bools [batch, time] = {list(x.shape[:2])}: True where the "
+            "state is put back before that step"
+        )
+    return found
+
+
+def checked_lengths(lengths: Any, x: Tensor) -> Tensor:
+    """`lengths` as a tensor of ints [batch]. Raises ShapeError."""
+    found = torch.as_tensor(lengths, device=x.device)
+    batch, steps = x.shape[:2]
+    if found.shape != (batch,) or found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise ShapeError(f"lengths is {found.dtype} of shape {list(found.shape)}; it must be ints [batch] = [{batch}]")
+    if bool(((found < 0) | (found > steps)).any()):
+        raise ShapeError(f"lengths go from {int(found.min())} to {int(found.max())}; x has {steps} steps")
+    return found.long()
+
+
+def inside(lengths: Tensor, steps: int) -> Tensor:
+    """[batch, time]: which steps a sample has."""
+    return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def masked(x: Sequence[Tensor], live: Tensor) -> list[Tensor]:
+    """x [batch, time, ...] with zeros past each length: what lies there may be anything."""
+    return [v.masked_fill(~live.reshape(*live.shape, *[1] * (v.dim() - 2)), 0) for v in x]
+
+
+def last_of(states: Sequence[Tensor], start: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
+    """The state after each sample's last step; the one to start from where it has none."""
+    rows, at = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp_min(0)
+    none = lengths == 0
+    return [torch.where(none.reshape(-1, *[1] * (s.dim() - 1)), s, y[rows, at]) for y, s in zip(states, start, strict=True)]
+
+
+def given_to(variant: Variant, x: Sequence[Tensor], start: Sequence[Tensor], reset: Tensor | None) -> list[Tensor]:
+    """The leaves of x that a variant is given."""
+    if not variant.resets or reset is None:
+        return list(x)
+    return [*x, reset, *(s.unsqueeze(1).expand(-1, x[0].shape[1], *s.shape[1:]) for s in start)]
