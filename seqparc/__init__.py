@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from seqparc.compiler import check, compile_plan
+from seqparc.convention import called
 from seqparc.errors import (
     ConvergenceError,
     InternalError,
@@ -24,6 +26,8 @@ from seqparc.options import Options
 from seqparc.owngrad import Vjp
 from seqparc.passes.strategy import choose
 from seqparc.plan import Stats
+from seqparc.runtime.layers import LAYERS, compiled_layer
+from seqparc.runtime.layers import convert as _convert
 from seqparc.runtime.module import TOOLS, CompiledRNN
 from seqparc.version import __version__
 
@@ -65,7 +69,8 @@ def compile(
     """Compile a recurrent cell: `rnn = seqparc.compile(cell)`, then `y, last = rnn(x)` with x [batch, time, ...].
 
     cell       an nn.Module or a function of one step: cell(x_t, state) or cell(state, x_t), returning the new state or
-               (out, new state). On an nn.Module *class*, as a decorator: its instances are then compiled.
+               (out, new state). On an nn.Module *class*, as a decorator: its instances are then compiled. An nn.RNN, nn.GRU or
+               nn.LSTM gives the same layer, called the same way, that runs compiled and shares its parameters
     state      the initial state: an example for one sample, or a callable batch -> state; found out if left away
     signature  how the cell is called, like "x, state -> out, state"; found out if left away
     backend    "c", "torch", or "auto" by device
@@ -76,11 +81,7 @@ def compile(
     size and the number of steps are never part of that. Raises SignatureError, StateError or TraceError where the cell
     cannot be understood; a cell with an operation seqparc does not know runs as the plain loop, with a warning.
     """
-    chosen = Options.of(options)
-    if backend != "auto":
-        from dataclasses import replace
-
-        chosen = replace(chosen, backend=backend)  # type: ignore[arg-type]
+    chosen = _chosen(backend, options)
     if isinstance(cell, type) and issubclass(cell, nn.Module):
         made = cell
 
@@ -89,9 +90,27 @@ def compile(
 
         construct.__name__, construct.__doc__ = made.__name__, made.__doc__
         return construct
+    if type(cell) in LAYERS:
+        if state is not None or signature is not None:
+            raise SignatureError(f"{called(cell)} is called as torch calls it; state= and signature= are for cells")
+        return compiled_layer(cell, chosen, in_place=False)
     if not callable(cell):
         raise SignatureError(f"a cell is an nn.Module or a function of one step, not {type(cell).__name__}")
     return CompiledRNN(cell, state=state, signature=signature, options=chosen, name=name)
+
+
+def convert(model: nn.Module, *, backend: str = "auto", options: Any = None) -> list[str]:
+    """Compile every nn.RNN, nn.GRU and nn.LSTM inside a model, in place; returns what was done, a line each.
+
+    The modules stay what they are, with their parameters, their state_dict and their place in the model; only their class becomes
+    a subclass that runs compiled. Subclasses of the user's own, whose forward may do more, are left alone.
+    """
+    return _convert(model, _chosen(backend, options))
+
+
+def _chosen(backend: str, options: Any) -> Options:
+    chosen = Options.of(options)
+    return chosen if backend == "auto" else replace(chosen, backend=backend)  # type: ignore[arg-type]
 
 
 TOOLS.update(
@@ -114,4 +133,5 @@ __all__ = [
     "UnsupportedOpError",
     "__version__",
     "compile",
+    "convert",
 ]  # fmt: skip
