@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from seqparc import convolution as convolution  # registers its handlers
 from seqparc import structural as structural
 from seqparc.captured import Getter, reachable
+from seqparc.draws import Draw
 from seqparc.errors import InternalError, TraceError, UnsupportedOpError
 from seqparc.graphs import Graph, Key, carve, unify
 from seqparc.ir import Program
@@ -40,7 +41,8 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
 
     begin = time.perf_counter()
     first, second = (trace(cell, convention, x, state, b) for b in BATCH_SIZES)  # two recordings: fx graphs of ATen operations
-    counts = (len(x), len(state), convention.out.count if convention.out is not None else 0)
+    draws = alike(first.draws, second.draws)
+    counts = (len(x) + len(draws), len(state), convention.out.count if convention.out is not None else 0)
     graph = unify(first, second, BATCH_SIZES, counts)  # -> Graph, for any batch size
     lowered = lower(graph)  # -> Lowered: the core as a Program with one lane
     structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
@@ -81,6 +83,7 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
         attributes={name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()},
         frozen=lowered.frozen,
         own_gradient=first.own_gradient,
+        draws=draws,
         coarse=any(getattr(n.meta.get("val"), "dtype", None) in (torch.bfloat16, torch.float16) for n in graph.graph.nodes),
         adjoint=adjoint,
         jacobian=jacobian,
@@ -119,7 +122,8 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
     with torch.no_grad(), uncached(), unfused():
         made = record(step, inputs, {id(t): name for name, _, t in found}, len(x))
     if made.random:
-        raise UnsupportedOpError(f"{made.random[0]}: the cell draws random numbers, which seqparc cannot follow yet")
+        raise UnsupportedOpError(f"{made.random[0]}: the cell draws random numbers that depend on more than a shape")
+    made.inputs[len(x) : len(x)] = made.drawn  # they are further inputs of a step
     shown = len(state) if convention.out is None else convention.out.count
     for where in (where for i, where in made.rewritten.items() if i < shown):
         raise TraceError(
@@ -127,7 +131,19 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
             "become the last one. Return a new tensor: write h = h + u instead of h += u, or clone first."
         )
     own = () if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
+    if own and made.draws:
+        raise UnsupportedOpError(f"{made.draws[0].source}: random numbers in a cell that has a gradient of its own ({own[0]})")
     return Traced(**vars(made), getters={name: get for name, get, _ in found}, own_gradient=own)
+
+
+def alike(first: Sequence[Draw], second: Sequence[Draw]) -> tuple[Draw, ...]:
+    """The draws of a step, found to be the same in both recordings and of every sample its own."""
+    if [d.function for d in first] != [d.function for d in second]:
+        raise TraceError("the cell draws other random numbers at another batch size; it must not branch on that")
+    for a, b in zip(first, second, strict=True):
+        if (a.shape[:1], b.shape[:1]) != ((BATCH_SIZES[0],), (BATCH_SIZES[1],)) or a.shape[1:] != b.shape[1:]:
+            raise UnsupportedOpError(f"{a.source}: random numbers of shape {list(a.shape)}, whose first axis is not the batch")
+    return tuple(first)
 
 
 @contextlib.contextmanager
@@ -198,7 +214,9 @@ def check(plan: Plan, convention: Convention, cell: Any, x: Sequence[Tensor], st
 
     xs, ss = [sample(t, steps) for t in x], [sample(t) for t in state]
     with torch.no_grad():
+        torch.manual_seed(0)
         got = run(plan, xs, ss, TorchKernel)
+        torch.manual_seed(0)
         now, rows = ss, []
         for t in range(steps):
             out, now = convention.call(cell, [v[:, t] for v in xs], now)

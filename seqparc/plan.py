@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from seqparc.draws import Draw
 from seqparc.ir import Program
 
 
@@ -36,6 +37,7 @@ class Plan:
     structure: Any  # seqparc.passes.dependency.Structure
     attributes: dict[str, Callable[[], torch.Tensor]]  # tensors the cell was found to use, looked up anew at every call
     frozen: dict[str, torch.Tensor]  # attributes whose values the structure relies on
+    draws: tuple[Draw, ...]  # random numbers of every step, further leaves of x
     coarse: bool  # some of the cell is computed in 16 bits, by its dtypes or by autocast
     own_gradient: tuple[str, ...]  # where the cell cuts or replaces its own gradient, in words
     adjoint: Callable[[], Any]

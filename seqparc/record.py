@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqparc.draws import Draw, draw_of
 from seqparc.errors import TraceError
 from seqparc.fused import FUSED
 from seqparc.ir import Source
@@ -47,7 +48,10 @@ class Trace:
     inputs: list[fx.Node]
     outputs: list[fx.Node]
     attributes: dict[str, torch.Tensor]
-    random: list[Source] = field(default_factory=list)
+    random: list[Source] = field(default_factory=list)  # where it drew what cannot be drawn again
+    #: Placeholders of the random numbers it drew, and what they are.
+    drawn: list[fx.Node] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
     #: Outputs that lie in the memory of an input that the function wrote to, with the line that wrote.
     rewritten: dict[int, Source | None] = field(default_factory=dict)
 
@@ -112,6 +116,8 @@ class _Recorder(TorchDispatchMode):
         self.names = names
         self.keep: list[torch.Tensor] = []  # storages are told apart by address, so nothing may be freed
         self.random: list[Source] = []
+        self.drawn: list[fx.Node] = []
+        self.draws: list[Draw] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -217,6 +223,9 @@ class _Recorder(TorchDispatchMode):
             a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info is not None and s.alias_info.is_write
         ] + [kwargs[s.name] for s in func._schema.arguments if s.kwarg_only and s.alias_info and s.alias_info.is_write and s.name in kwargs]
         if torch.Tag.nondeterministic_seeded in func.tags:
+            draw = draw_of(func, args, kwargs, user_source())
+            if draw is not None:
+                return self.draw(draw, args, kwargs, written)
             self.random.append(user_source() or Source("unknown", 0))
         if written:
             return self.mutation(func, name, args, kwargs, written)
@@ -230,6 +239,36 @@ class _Recorder(TorchDispatchMode):
                 if isinstance(part, torch.Tensor):
                     self.define(part, self.emit(_getitem, (node, i), part))
         return result
+
+    def draw(self, draw: Draw, args: Any, kwargs: Any, written: list[torch.Tensor]) -> Any:
+        """Random numbers become an input."""
+        if written:
+            self.refuse_foreign(written[0])
+        result = draw.function(*args, **kwargs)
+        node = self.graph.placeholder(f"draw_{len(self.draws)}")
+        value = result[1] if isinstance(result, tuple) else result
+        node.meta.update(val=value.clone(), src=draw.source)
+        self.drawn.append(node)
+        self.draws.append(draw)
+        if written:
+            self.write(written[0], node)
+        else:
+            self.define(value, node)
+        if isinstance(result, tuple):  # dropout as one operation: what it lets through, and what that is multiplied by
+            through = self.emit(aten.mul.Tensor, (self.read(args[0]), node), result[0])
+            self.define(result[0], self.emit(aten.mul.Tensor, (through, 1 / (1 - args[1]) if args[1] < 1 else 0.0), result[0]))
+        return result
+
+    def refuse_foreign(self, target: torch.Tensor) -> None:
+        """Raises TraceError, before a write happens, if it would go to what the cell was given."""
+        if target.untyped_storage()._cdata not in self.storages:
+            self.attribute(target)
+        origin = self.storages[target.untyped_storage()._cdata].origin
+        if origin != "fresh":
+            raise TraceError(
+                f"{user_source() or 'the cell'} changes {origin} in place. A cell must leave its inputs, parameters and buffers as they "
+                "are: write y = x + u instead of x += u, or clone first."
+            )
 
     def nodes(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -251,14 +290,7 @@ class _Recorder(TorchDispatchMode):
             return result
         if len(written) > 1 or packet in ("set_", "resize_"):
             raise TraceError(f"{user_source() or 'the cell'} uses {name}, which seqparc cannot follow. Use its functional form.")
-        if target.untyped_storage()._cdata not in self.storages:
-            self.attribute(target)
-        origin = self.storages[target.untyped_storage()._cdata].origin
-        if origin != "fresh":  # refused before the real write happens
-            raise TraceError(
-                f"{user_source() or 'the cell'} changes {origin} in place. A cell must leave its inputs, parameters and buffers as they "
-                "are: write y = x + u instead of x += u, or clone first."
-            )
+        self.refuse_foreign(target)
         functional: Any
         fargs: tuple[Any, ...]
         fkw: dict[str, Any] = {}
@@ -324,4 +356,6 @@ def record(
     own = {t.untyped_storage()._cdata for t in inputs}
     lies = {i: recorder.storages[at] for i, r in enumerate(results) if (at := r.untyped_storage()._cdata) in own}
     rewritten = {i: storage.written for i, storage in lies.items() if storage.version}
-    return Trace(recorder.graph, placeholders, outputs, recorder.attributes, recorder.random, rewritten)
+    return Trace(
+        recorder.graph, placeholders, outputs, recorder.attributes, recorder.random, recorder.drawn, recorder.draws, rewritten
+    )  # fmt: skip

@@ -144,7 +144,7 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
     leaves, convention, start = rnn.understand(x, state)
     own = next((t.dtype for t in (*start, *leaves) if t.dtype.is_floating_point), torch.float32)
 
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=sorted({t.device.index for t in leaves if t.is_cuda})):
         rnn(x, state)  # compiles, so that everything the cell closes over is known
         parameters = _parameters(rnn) if grad else {}
 
@@ -161,6 +161,7 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
                 return t.requires_grad_(grad and t.dtype.is_floating_point)
 
             xs, ss = [copied(t) for t in leaves], [copied(t) for t in start]
+            torch.manual_seed(0)  # for cells that draw
             with mode or contextlib.nullcontext():
                 outputs, last = call(xs, ss)
             results = [*outputs, *last]

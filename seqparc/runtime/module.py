@@ -46,6 +46,11 @@ class Known(NamedTuple):
     about: tuple[Any, ...]
 
 
+def _cuda(tensors: Sequence[Tensor]) -> list[int]:
+    """The GPUs that tensors are on."""
+    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+
+
 def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Any, ...]:
     """What an engine depends on, the type of device first: of tensors, all but the values and the batch and time axes."""
     shapes = [*[(v.shape[2:], v.dtype) for v in leaves], *[(s.shape[1:], s.dtype) for s in start]]
@@ -282,7 +287,7 @@ class CompiledRNN(nn.Module):
         if engine is None:
             convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
             try:
-                with uncollected():
+                with uncollected(), torch.random.fork_rng(devices=_cuda(x_t)):  # no draw of the user's is used up
                     backends = TOOLS["backends"](self.options, x_t[0].device)
                     plan = TOOLS["compile_plan"](cell, convention, x_t, start, fold=backends[0][0] != "triton")
                     engine = Engine(plan, backends, self.options, TOOLS["choose"])

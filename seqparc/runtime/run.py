@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqparc.draws import drawn
 from seqparc.plan import StateShape
 from seqparc.runtime.differentiable import Solve, parts, uncast, unit
 from seqparc.runtime.engine import Engine
@@ -34,6 +35,8 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
             return run(engine, x, start, traced)
     plan = engine.plan
     batch, steps = x[0].shape[:2]
+    if plan.draws:
+        x = [*x, *drawn(plan.draws, batch, steps, x[0].device)]
     values: dict[Any, Any] = {("batch",): batch * steps}
 
     def value(key: Any) -> Any:

@@ -38,6 +38,8 @@ def _objection(rnn: CompiledRNN, engine: Engine | str) -> str | None:
         return engine
     if engine.plan.own_gradient:
         return f"it has a gradient of its own ({engine.plan.own_gradient[0]})"
+    if engine.plan.draws:
+        return f"it draws random numbers ({engine.plan.draws[0].source})"
     own = {id(t) for t in (*rnn.parameters(), *rnn.buffers())}
     foreign = [name for name, get in engine.plan.attributes.items() if id(get()) not in own]
     return f"it uses {foreign[0]}, which is neither a parameter nor a buffer of it" if foreign else None
