@@ -121,8 +121,6 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
 
     with torch.no_grad(), uncached(), unfused():
         made = record(step, inputs, {id(t): name for name, _, t in found}, len(x))
-    if made.random:
-        raise UnsupportedOpError(f"{made.random[0]}: the cell draws random numbers that depend on more than a shape")
     made.inputs[len(x) : len(x)] = made.drawn  # they are further inputs of a step
     shown = len(state) if convention.out is None else convention.out.count
     for where in (where for i, where in made.rewritten.items() if i < shown):

@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.draws import Draw, draw_of
-from seqparc.errors import TraceError
+from seqparc.errors import TraceError, UnsupportedOpError
 from seqparc.fused import FUSED
 from seqparc.ir import Source
 
@@ -48,7 +48,6 @@ class Trace:
     inputs: list[fx.Node]
     outputs: list[fx.Node]
     attributes: dict[str, torch.Tensor]
-    random: list[Source] = field(default_factory=list)  # where it drew what cannot be drawn again
     #: Placeholders of the random numbers it drew, and what they are.
     drawn: list[fx.Node] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
@@ -115,7 +114,6 @@ class _Recorder(TorchDispatchMode):
         self.attributes: dict[str, torch.Tensor] = {}
         self.names = names
         self.keep: list[torch.Tensor] = []  # storages are told apart by address, so nothing may be freed
-        self.random: list[Source] = []
         self.drawn: list[fx.Node] = []
         self.draws: list[Draw] = []
 
@@ -224,9 +222,9 @@ class _Recorder(TorchDispatchMode):
         ] + [kwargs[s.name] for s in func._schema.arguments if s.kwarg_only and s.alias_info and s.alias_info.is_write and s.name in kwargs]
         if torch.Tag.nondeterministic_seeded in func.tags:
             draw = draw_of(func, args, kwargs, user_source())
-            if draw is not None:
-                return self.draw(draw, args, kwargs, written)
-            self.random.append(user_source() or Source("unknown", 0))
+            if draw is None:
+                raise UnsupportedOpError(f"{user_source() or 'the cell'}: random numbers that depend on more than a shape ({name})")
+            return self.draw(draw, args, kwargs, written)
         if written:
             return self.mutation(func, name, args, kwargs, written)
         nodes = self.nodes(args), self.nodes(kwargs)
@@ -356,6 +354,4 @@ def record(
     own = {t.untyped_storage()._cdata for t in inputs}
     lies = {i: recorder.storages[at] for i, r in enumerate(results) if (at := r.untyped_storage()._cdata) in own}
     rewritten = {i: storage.written for i, storage in lies.items() if storage.version}
-    return Trace(
-        recorder.graph, placeholders, outputs, recorder.attributes, recorder.random, recorder.drawn, recorder.draws, rewritten
-    )  # fmt: skip
+    return Trace(recorder.graph, placeholders, outputs, recorder.attributes, recorder.drawn, recorder.draws, rewritten)

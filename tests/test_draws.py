@@ -140,7 +140,7 @@ def test_draws_into_part_of_a_tensor_run_as_the_loop() -> None:
         return torch.tanh(h + x + noise.sum(-1))
 
     rnn = seqparc.compile(cell, state=torch.zeros(3))
-    with pytest.warns(seqparc.SeqparcWarning, match=r"test_draws.py:\d+: the cell draws random numbers that depend on more than a shape"):
+    with pytest.warns(seqparc.SeqparcWarning, match=r"test_draws.py:\d+: random numbers that depend on more than a shape"):
         rnn(torch.zeros(2, 5, 3))
 
 
