@@ -76,7 +76,8 @@ class StepKernel:
         elements = np.where(matrix[None] < 0, -1, leaf[:, np.maximum(matrix, 0)])
         found = None if (elements < 0).any() else ir.affine(elements)
         if found is not None and min(found[1]) >= 0:
-            return given[v.a.slot].as_strided(elements.shape, found[1], found[0])
+            whole = given[v.a.slot]  # which may itself lie inside of something
+            return whole.as_strided(elements.shape, found[1], whole.storage_offset() + found[0])
         return self._picked(elements)(given[v.a.slot])
 
     # -- what products and folds read and write: views made once, or what makes a copy at every step -----------------------------------

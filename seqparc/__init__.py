@@ -26,7 +26,7 @@ from seqparc.options import Options
 from seqparc.owngrad import Vjp
 from seqparc.passes.strategy import choose
 from seqparc.plan import Stats
-from seqparc.runtime.layers import LAYERS, compiled_layer
+from seqparc.runtime.layers import LAYERS, CompiledLayer, compiled_layer
 from seqparc.runtime.layers import convert as _convert
 from seqparc.runtime.module import TOOLS, CompiledRNN
 from seqparc.version import __version__
@@ -90,6 +90,8 @@ def compile(
 
         construct.__name__, construct.__doc__ = made.__name__, made.__doc__
         return construct
+    if isinstance(cell, CompiledLayer):
+        return cell
     if type(cell) in LAYERS:
         if state is not None or signature is not None:
             raise SignatureError(f"{called(cell)} is called as torch calls it; state= and signature= are for cells")

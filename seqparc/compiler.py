@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from seqparc import convolution as convolution  # registers its handlers
 from seqparc import structural as structural
 from seqparc.captured import Getter, reachable
-from seqparc.draws import Draw
+from seqparc.draws import Draw, seed
 from seqparc.errors import InternalError, TraceError, UnsupportedOpError
 from seqparc.graphs import Graph, Key, carve, unify
 from seqparc.ir import Program
@@ -122,12 +122,15 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
     with torch.no_grad(), uncached(), unfused():
         made = record(step, inputs, {id(t): name for name, _, t in found}, len(x))
     made.inputs[len(x) : len(x)] = made.drawn  # they are further inputs of a step
-    shown = len(state) if convention.out is None else convention.out.count
-    for where in (where for i, where in made.rewritten.items() if i < shown):
-        raise TraceError(
-            f"{where or 'the cell'} changes the state in place and the cell gives the same tensor out, so that in a loop all outputs would "
-            "become the last one. Return a new tensor: write h = h + u instead of h += u, or clone first."
-        )
+    n_out = 0 if convention.out is None else convention.out.count
+    after = made.memory[n_out:]
+    shown = after if convention.out is None else made.memory[:n_out]
+    for i, where in made.written.items():  # only states may be
+        if after[i - len(x)] in shown:
+            raise TraceError(
+                f"{where or 'the cell'} changes the state in place and the cell gives the state out too, so that in a loop each step would "
+                "change the output of the one before. Write h = h + u instead of h += u, or clone first."
+            )
     own = () if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
     if own and made.draws:
         raise UnsupportedOpError(f"{made.draws[0].source}: random numbers in a cell that has a gradient of its own ({own[0]})")
@@ -212,15 +215,16 @@ def check(plan: Plan, convention: Convention, cell: Any, x: Sequence[Tensor], st
 
     xs, ss = [sample(t, steps) for t in x], [sample(t) for t in state]
     with torch.no_grad():
-        torch.manual_seed(0)
+        seed(x[0].device)
         got = run(plan, xs, ss, TorchKernel)
-        torch.manual_seed(0)
+        seed(x[0].device)
         now, rows = ss, []
         for t in range(steps):
             out, now = convention.call(cell, [v[:, t] for v in xs], now)
             rows.append(out if out is not None else now)
         for i, mine in enumerate(got):
             theirs = torch.stack([r[i] for r in rows], 1)
+            theirs = theirs if theirs.dtype.is_floating_point else theirs.to(torch.float64)
             unit = 1e-9 if theirs.dtype is torch.float64 else 2e-4 if theirs.dtype is torch.float32 else 5e-2
             unit = max(unit, 5e-2) if plan.coarse else unit
             scale = float(theirs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if theirs.numel() else 0.0

@@ -39,16 +39,18 @@ class Draw:
     like: bool
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
+    home: str  # the type of device whose generator it is
     source: Source | None
 
     def __call__(self, batch: int, device: torch.device) -> Tensor:
         """For a batch, on a device: [batch, ...]. Of a dropout that is one operation, the mask."""
         shape, kwargs = (batch, *self.shape[1:]), dict(self.kwargs)
+        at = device if device.type == self.home else torch.device(self.home)
         if self.like:
-            result = self.function(torch.ones(shape, dtype=self.dtype, device=device), *self.args, **kwargs)
+            result = self.function(torch.ones(shape, dtype=self.dtype, device=at), *self.args, **kwargs)
         else:
-            result = self.function(list(shape), *self.args, **kwargs, device=device)
-        return result[1] if isinstance(result, tuple) else result
+            result = self.function(list(shape), *self.args, **kwargs, device=at)
+        return (result[1] if isinstance(result, tuple) else result).to(device)
 
 
 def draw_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any], source: Source | None) -> Draw | None:
@@ -58,10 +60,19 @@ def draw_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any], source: 
     if any(isinstance(v, (Tensor, torch.Generator)) for v in (*args[1:], *(v for _, v in plain))):
         return None
     if name in _LIKE and args[0].is_contiguous() and (name != "aten.native_dropout.default" or args[2]):
-        return Draw(function, tuple(args[0].shape), args[0].dtype, True, tuple(args[1:]), plain, source)
+        return Draw(function, tuple(args[0].shape), args[0].dtype, True, tuple(args[1:]), plain, args[0].device.type, source)
     if name in _SIZED:
-        return Draw(function, tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype(), False, tuple(args[1:]), plain, source)
+        home = torch.device(kwargs.get("device") or "cpu").type
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        return Draw(function, tuple(args[0]), dtype, False, tuple(args[1:]), plain, home, source)
     return None
+
+
+def seed(device: torch.device) -> None:
+    """Start the generators that a cell on this device may draw from anew, and no others."""
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(0)
 
 
 def drawn(draws: Sequence[Draw], batch: int, steps: int, device: torch.device) -> list[Tensor]:

@@ -51,8 +51,9 @@ class Trace:
     #: Placeholders of the random numbers it drew, and what they are.
     drawn: list[fx.Node] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
-    #: Outputs that lie in the memory of an input that the function wrote to, with the line that wrote.
-    rewritten: dict[int, Source | None] = field(default_factory=dict)
+    #: Inputs that the function wrote to, with the line that did first; and the memory of every output, by a number.
+    written: dict[int, Source | None] = field(default_factory=dict)
+    memory: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -146,6 +147,8 @@ class _Recorder(TorchDispatchMode):
                         break
             else:
                 return entry.node
+        if id(t) in self.names and storage.origin != "fresh" and not storage.writes:  # parameters that share memory
+            return self.attribute(t)
         node = self.emit(aten.as_strided.default, (self.whole(storage), list(t.shape), list(t.stride()), t.storage_offset()), t)
         self.define(t, node)
         return node
@@ -351,7 +354,7 @@ def record(
     outputs = [recorder.read(r) for r in results]
     recorder.graph.output(tuple(outputs))
     recorder.graph.eliminate_dead_code()
-    own = {t.untyped_storage()._cdata for t in inputs}
-    lies = {i: recorder.storages[at] for i, r in enumerate(results) if (at := r.untyped_storage()._cdata) in own}
-    rewritten = {i: storage.written for i, storage in lies.items() if storage.version}
-    return Trace(recorder.graph, placeholders, outputs, recorder.attributes, recorder.drawn, recorder.draws, rewritten)
+    storages = [recorder.storages[t.untyped_storage()._cdata] for t in inputs]
+    written = {i: storage.written for i, storage in enumerate(storages) if storage.version}
+    memory = [r.untyped_storage()._cdata for r in results]
+    return Trace(recorder.graph, placeholders, outputs, recorder.attributes, recorder.drawn, recorder.draws, written, memory)

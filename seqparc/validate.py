@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from seqparc.draws import seed
 from seqparc.errors import ShapeError
 from seqparc.plan import Stats
 from seqparc.report import rendered
@@ -161,7 +162,7 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
                 return t.requires_grad_(grad and t.dtype.is_floating_point)
 
             xs, ss = [copied(t) for t in leaves], [copied(t) for t in start]
-            torch.manual_seed(0)  # for cells that draw
+            seed(leaves[0].device)  # for cells that draw
             with mode or contextlib.nullcontext():
                 outputs, last = call(xs, ss)
             results = [*outputs, *last]

@@ -109,6 +109,39 @@ def test_nothing_is_drawn_in_evaluation(name: str) -> None:
         torch.testing.assert_close(mine, right)
 
 
+def test_the_cell_itself_may_be_put_into_evaluation() -> None:
+    cell, x = Dropped(), torch.randn(2, 9, 3)
+    rnn = seqparc.compile(cell)
+    for mode in (True, False, True):
+        cell.train(mode)  # not the compiled module, which does not hear of it
+        torch.manual_seed(2)
+        y = rnn(x)[0]
+        torch.manual_seed(2)
+        torch.testing.assert_close(y, rnn.sequential(x)[0])
+
+
+def test_a_number_that_a_cell_holds_may_change() -> None:
+    class Stepped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden_size, self.dt, self.drop = 3, 0.1, nn.Dropout(0.5)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return h + self.dt * torch.tanh(self.drop(x) - h)
+
+    cell, x = Stepped(), torch.randn(2, 9, 3)
+    rnn = seqparc.compile(cell)
+    for dt, p in ((0.1, 0.5), (0.3, 0.5), (0.3, 0.1)):
+        cell.dt, cell.drop.p = dt, p
+        torch.manual_seed(2)
+        y = rnn(x)[0]
+        torch.manual_seed(2)
+        torch.testing.assert_close(y, rnn.sequential(x)[0])
+    engine = rnn.engine()
+    rnn(x)
+    assert rnn.engine() is engine
+
+
 def test_validation_draws_the_same_for_all_it_compares() -> None:
     rnn, x = seqparc.compile(Dropped()), torch.randn(2, 60, 3)
     state = torch.get_rng_state()

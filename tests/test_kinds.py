@@ -206,8 +206,43 @@ def test_a_state_written_in_place_and_given_out_is_refused() -> None:
     def step(x: Tensor, h: Tensor) -> Tensor:
         return h.mul_(0.5).add_(x)
 
-    with pytest.raises(seqparc.TraceError, match=r"test_kinds.py:\d+ changes the state in place and the cell gives the same tensor out"):
+    with pytest.raises(seqparc.TraceError, match=r"test_kinds.py:\d+ changes the state in place and the cell gives the state out too"):
         seqparc.compile(step, state=torch.zeros(3))(torch.randn(2, 9, 3))
+
+
+def test_a_state_written_in_place_whose_tensor_was_given_out_is_refused() -> None:
+    def leaky(x: Tensor, h: Tensor) -> Tensor:
+        h.mul_(0.5)  # which is what the step before gave out
+        return h + x
+
+    with pytest.raises(seqparc.TraceError, match=r"test_kinds.py:\d+ changes the state in place and the cell gives the state out too"):
+        seqparc.compile(leaky, state=torch.zeros(3))(torch.randn(2, 9, 3))
+
+
+def test_the_plain_loop_leaves_x_alone() -> None:
+    x = torch.randn(2, 9, 3)
+    kept = x.clone()
+    seqparc.compile(lambda x, h: torch.tanh(x.mul_(2) + h), state=torch.zeros(3)).sequential(x)
+    assert torch.equal(x, kept)
+
+
+def test_parameters_that_share_memory() -> None:
+    cell = nn.GRUCell(3, 4)
+    flat = torch.cat([p.detach().flatten() for p in cell.parameters()])
+    at = 0
+    for name, p in list(cell.named_parameters()):
+        setattr(cell, name, nn.Parameter(flat[at : at + p.numel()].view(p.shape)))
+        at += p.numel()
+    rnn, x = seqparc.compile(cell), torch.randn(2, 9, 3)
+    for mine, right in zip(run(rnn, cell, x), run(rnn.sequential, cell, x), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    assert rnn.stats.backend == "c"
+
+
+def test_outputs_may_be_bools() -> None:
+    rnn, x = seqparc.compile(lambda x, h: (h > 0, torch.tanh(h + x)), state=torch.zeros(3)), torch.randn(2, 9, 3)
+    y, _ = rnn(x)
+    assert y.dtype is torch.bool and rnn.stats.backend == "c" and torch.equal(y, rnn.sequential(x)[0])
 
 
 def test_x_written_in_place_is_refused() -> None:

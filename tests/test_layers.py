@@ -102,6 +102,29 @@ def test_a_seeded_run_drops_out_the_same(batch_first: bool) -> None:
     torch.testing.assert_close(compiled.eval()(x)[0], layer.eval()(x)[0], rtol=1e-10, atol=1e-10)
 
 
+def test_a_seeded_run_drops_out_of_what_is_packed_the_same() -> None:
+    layer = nn.LSTM(3, 4, num_layers=2, dropout=0.5).double()
+    packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (2, 6, 4)], enforce_sorted=False)
+    results = []
+    for module in (layer, seqparc.compile(layer)):
+        torch.manual_seed(7)
+        results.append(module(packed)[0].data)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_is_traced_before_it_was_ever_called() -> None:
+    model = Model()
+    right = model(x := torch.randn(2, 9, 3))
+    seqparc.convert(model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), right)
+
+
+def test_a_compiled_layer_is_not_compiled_again() -> None:
+    compiled = seqparc.compile(nn.GRU(3, 4))
+    assert seqparc.compile(compiled) is compiled
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -86,6 +86,35 @@ def test_lengths_may_be_a_list_and_all_of_it() -> None:
     torch.testing.assert_close(last, rnn(x)[1])
 
 
+def test_past_its_length_a_sample_is_given_what_its_cell_takes() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden_size = 3
+            self.v = nn.Parameter(torch.rand(3))
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return torch.tanh(0.5 * h + self.v * torch.log(x))
+
+    rnn, x = seqparc.compile(Log()), torch.rand(2, 6, 3) + 0.1
+    x[1, 3:] = 0.0
+    y, _ = rnn(x, lengths=[6, 3])
+    (found,) = torch.autograd.grad(y.sum(), [rnn.cell.v])
+    right = rnn(x[:1])[0].sum() + rnn(x[1:, :3])[0].sum()
+    torch.testing.assert_close(found, torch.autograd.grad(right, [rnn.cell.v])[0])
+
+
+def test_a_state_written_in_place_has_lengths_too() -> None:
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h.mul_(0.9).add_(x)
+        return torch.sin(h), h
+
+    rnn, x = seqparc.compile(step, state=torch.zeros(3), signature="x, state -> out, state"), torch.randn(2, 9, 3)
+    y, last = rnn(x, lengths=[9, 4])
+    torch.testing.assert_close(y[1, :4], rnn(x)[0][1, :4])
+    torch.testing.assert_close(last[1:], rnn(x[1:, :4])[1])
+
+
 def test_lengths_reach_a_cell_that_runs_as_the_plain_loop() -> None:
     def cell(x: Tensor, h: Tensor) -> Tensor:
         return torch.tanh(x + torch.linalg.matrix_exp(torch.diag_embed(h)).diagonal(dim1=-2, dim2=-1))

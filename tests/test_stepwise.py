@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,7 +122,24 @@ class TwoBlocks(nn.Module):
         return torch.tanh(torch.einsum("bgk,gke->bge", h, self.w) + x.unsqueeze(1))
 
 
+class Viewed(nn.Module):
+    """Its weight lies in the middle of a larger piece of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size = 9
+        self.w = nn.Parameter(torch.randn(200)[20:101].view(9, 9) / 3)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Viewed:
+        self.w = nn.Parameter(fn(torch.cat((torch.zeros(20), self.w.detach().flatten())))[20:].view(9, 9))
+        return self
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(h @ self.w + x)
+
+
 BIG = {
+    "viewed": (Viewed, 9),
     "separate": (lambda: Separate(9), 9),
     "two blocks": (TwoBlocks, 10),
     "RNN 260": (lambda: nn.RNNCell(3, 260), 3),

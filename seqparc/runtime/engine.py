@@ -71,6 +71,7 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
+        self.numbers: tuple[float, ...] = ()  # that the cell held when it was traced
         self.tuner = Tuner(options)
         self._indices: dict[Any, Tensor] = {}
         self.own: Stats | None = None  # of the adjoint that a cell brings itself

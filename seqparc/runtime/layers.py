@@ -74,10 +74,17 @@ class CompiledLayer(nn.RNNBase):
         return {key: step.stats for key, step in self._compiled.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": {}}  # made anew when first called
+        return {**super().__getstate__(), "_compiled": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.steps()  # now, and not while something is tracing a call
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # the name is torch's
         """As the torch module: (output, final state), for a tensor or a PackedSequence, batched or not."""
+        if torch.compiler.is_compiling():  # a graph ends here, and goes on after the call
+            torch._dynamo.graph_break()
+            return torch.compiler.disable(CompiledLayer.forward)(self, input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         lengths: Tensor | None = None
         single = False
@@ -91,7 +98,7 @@ class CompiledLayer(nn.RNNBase):
         if x.shape[-1] != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}")
         start = self._start(x, hx, single)
-        y, last = self._run(x, start, lengths)
+        y, last = self._run(x, start, packed, lengths)
         final = tuple(s.squeeze(1) if single else s for s in last)
         return self._as_given(y, packed, lengths, single), final if self.mode == "LSTM" else final[0]
 
@@ -108,7 +115,9 @@ class CompiledLayer(nn.RNNBase):
                 raise RuntimeError(f"Expected hidden size {(count, x.shape[0], n)}, got {list(h.shape)}")
         return given
 
-    def _run(self, x: Tensor, start: list[Tensor], lengths: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _run(
+        self, x: Tensor, start: list[Tensor], packed: PackedSequence | None, lengths: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         directions = 2 if self.bidirectional else 1
         ends: list[list[Tensor]] = []
         for number in range(self.num_layers):
@@ -121,8 +130,12 @@ class CompiledLayer(nn.RNNBase):
                 ends.append(list(last) if self.mode == "LSTM" else [last])
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout and self.training and number + 1 < self.num_layers:
-                # Drawn over [time, batch, numbers], as torch does, so that a seeded run drops the same.
-                x = F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
+                # Drawn over [time, batch, numbers], or what is packed, as torch does, so that a seeded run drops the same.
+                if packed is None:
+                    x = F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
+                else:
+                    again = self._as_given(x, packed, lengths, False)
+                    x = pad_packed_sequence(again._replace(data=F.dropout(again.data, self.dropout)), batch_first=True)[0]
         return x, [torch.stack(column) for column in zip(*ends, strict=True)]
 
     def _as_given(self, y: Tensor, packed: PackedSequence | None, lengths: Tensor | None, single: bool) -> Any:
@@ -167,6 +180,7 @@ def compiled_layer(layer: nn.Module, options: Options, in_place: bool) -> Compil
     made: Any = layer if in_place else copy.copy(layer)
     made.__class__ = LAYERS[type(layer)]
     made.__dict__["_compiled"], made.__dict__["_options"] = {}, options
+    made.steps()
     return made  # type: ignore[no-any-return]
 
 

@@ -76,6 +76,7 @@ class CompiledRNN(nn.Module):
     def _forget(self) -> None:
         """Drop everything that is remade at the next call."""
         self._understood: dict[Any, Known] = {}
+        self._parts: tuple[nn.Module, ...] = ()  # of the cell, each of which may be training or not
         self._first: tuple[Tensor, ...] = ()  # the first parameter, which stands for where the cell is and its dtype
         self._engines: dict[Any, Engine | str] = {}
         self._last: Engine | Stats = Stats()
@@ -89,7 +90,7 @@ class CompiledRNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         keep = dict(self.__dict__)
-        for name in ("_understood", "_first", "_engines", "_last", "_number"):
+        for name in ("_understood", "_first", "_parts", "_engines", "_last", "_number"):
             keep.pop(name, None)
         return keep
 
@@ -143,8 +144,8 @@ class CompiledRNN(nn.Module):
         again = None if reset is None else variant.checked_reset(reset, leaves[0])
         ends = None if lengths is None else variant.checked_lengths(lengths, leaves[0])
         live = None if ends is None else variant.inside(ends, leaves[0].shape[1])
-        if live is not None:
-            leaves = variant.masked(leaves, live)
+        if ends is not None and live is not None:
+            leaves = variant.prolonged(leaves, ends, live)
         step = variant.Variant(self.cell, convention, len(leaves), reset is not None)
         given = variant.given_to(step, leaves, start, again)
         outputs, last = self._answer(Call(given, step.signature, start, about_call(step.signature, given, start)), step)
@@ -261,7 +262,7 @@ class CompiledRNN(nn.Module):
         known = self._understood.get(about)
         convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known.convention
         keep = fixed and not any(t.requires_grad for t in start)
-        self._first = tuple(itertools.islice(self.parameters(), 1))
+        self._first, self._parts = tuple(itertools.islice(self.parameters(), 1)), tuple(self.modules())
         about = (*about[:-1], (self._first[0].dtype, self._first[0].device) if self._first else None)
         self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start))
         return Call(leaves, convention, start, self._understood[about].about)
@@ -274,15 +275,16 @@ class CompiledRNN(nn.Module):
         if parameter is not None and parameter.dtype.is_floating_point and all(v.dtype.is_floating_point for v in leaves):
             wrong = next((v.dtype for v in leaves if v.dtype != parameter.dtype), None)
             dtypes = {p.dtype for p in self.parameters()}
-            if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled("cpu"):
+            if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled(leaves[0].device.type):
                 raise ShapeError(f"x is {wrong}, the cell's parameters are {parameter.dtype}; convert one with .to(dtype)")
 
     def _engine(self, call: Call, cell: Any = None) -> Engine | str:
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
         cell = self.cell if cell is None else cell
-        key = call.about, self.training, torch.is_autocast_enabled(call.about[0])
+        modes = tuple([m.training for m in self._parts])
+        key = call.about, modes, torch.is_autocast_enabled(call.about[0])
         engine = self._engines.get(key)
-        if isinstance(engine, Engine) and engine.plan.stale():
+        if isinstance(engine, Engine) and (engine.plan.stale() or engine.numbers != self._numbers()):
             engine = None
         if engine is None:
             convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
@@ -297,8 +299,14 @@ class CompiledRNN(nn.Module):
                 if cell is self.cell or isinstance(cell, variant.Variant):
                     message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
+            if isinstance(engine, Engine):
+                engine.numbers = self._numbers()
             self._engines[key] = engine
         return engine
+
+    def _numbers(self) -> tuple[float, ...]:
+        """The numbers that the cell's modules hold (a step size, a dropout's p), which are part of what was traced."""
+        return tuple([v for m in self._parts for v in m.__dict__.values() if type(v) is float])
 
     def _trial(self, plan: Plan, x: list[Tensor], start: list[Tensor], make: Callable[..., Any]) -> list[Tensor]:
         engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), TOOLS["choose"])

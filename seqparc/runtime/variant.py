@@ -2,7 +2,7 @@
 
 A reset is part of the step: the cell is compiled with `where(reset, initial, state)` in front, so the kernels, the Jacobians and the
 gradients know of it, and a reset is a place where chunks converge at once. A length is not, as a state that is only held after its end
-would have to travel through all chunks behind it: the sequence is run on over zeros, and what counts is picked out.
+would have to travel through all chunks behind it: the run goes on, over the sample's last input, and what counts is picked out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Variant(nn.Module):
             again, *initial = given[self.n_x :]
             now = [torch.where(again.reshape(-1, *[1] * (s.dim() - 1)), i, s) for i, s in zip(initial, now, strict=True)]
         out, following = self.convention.call(self.cell, list(x), now)
-        return (*(out or ()), *following), tuple(following)
+        return (*(out or ()), *(s.clone() for s in following)), tuple(following)  # clones: a cell may write into its state
 
 
 def checked_reset(reset: Any, x: Tensor) -> Tensor:
@@ -76,9 +76,21 @@ def inside(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
 
 
-def masked(x: Sequence[Tensor], live: Tensor) -> list[Tensor]:
-    """x [batch, time, ...] with zeros past each length: what lies there may be anything."""
-    return [v.masked_fill(~live.reshape(*live.shape, *[1] * (v.dim() - 2)), 0) for v in x]
+def masked(y: Sequence[Tensor], live: Tensor) -> list[Tensor]:
+    """y [batch, time, ...] with zeros past each length."""
+    return [v.masked_fill(~live.reshape(*live.shape, *[1] * (v.dim() - 2)), 0) for v in y]
+
+
+def prolonged(x: Sequence[Tensor], lengths: Tensor, live: Tensor) -> list[Tensor]:
+    """x [batch, time, ...] with each sample's last step past its length, where anything may lie: a number that the cell is known to take.
+
+    Zeros, where a sample has no step at all.
+    """
+    at = torch.minimum(torch.arange(live.shape[1], device=live.device), (lengths - 1).clamp_min(0).unsqueeze(1))
+    rows = torch.arange(len(lengths), device=live.device).unsqueeze(1)
+    some = (lengths > 0).unsqueeze(1).expand_as(live)
+    filled = masked([v.detach()[rows, at] for v in x], some)
+    return [torch.where(live.reshape(*live.shape, *[1] * (v.dim() - 2)), v, f) for v, f in zip(x, filled, strict=True)]
 
 
 def last_of(states: Sequence[Tensor], start: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
