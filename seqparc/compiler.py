@@ -139,7 +139,7 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
 
 def alike(first: Sequence[Draw], second: Sequence[Draw]) -> tuple[Draw, ...]:
     """The draws of a step, found to be the same in both recordings and of every sample its own."""
-    if [d.function for d in first] != [d.function for d in second]:
+    if [(d.function, d.args, d.kwargs) for d in first] != [(d.function, d.args, d.kwargs) for d in second]:
         raise TraceError("the cell draws other random numbers at another batch size; it must not branch on that")
     for a, b in zip(first, second, strict=True):
         if (a.shape[:1], b.shape[:1]) != ((BATCH_SIZES[0],), (BATCH_SIZES[1],)) or a.shape[1:] != b.shape[1:]:

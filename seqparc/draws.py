@@ -15,8 +15,6 @@ from torch import Tensor
 
 from seqparc.ir import Source
 
-aten = torch.ops.aten
-
 #: Operations whose numbers depend on nothing but a shape and plain arguments: of a tensor that they fill or that is like the result …
 _LIKE = frozenset(
     f"aten.{name}"
