@@ -7,7 +7,7 @@ PY = .venv/bin/python
 .PHONY: test demo lint bench nightly oldest clean
 
 test: .venv/stamp
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 demo: .venv/stamp
 	$(PY) examples/ecg.py

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from seqparc import held
 from seqparc.errors import ShapeError, SignatureError, StateError
 from seqparc.tree import LEAF, Structure, describe, flatten, seen
 
@@ -47,6 +48,8 @@ class Convention:
     returns: str = "state"
     out: Structure | None = None
     keywords: tuple[str, ...] = ()
+    #: Attributes that the cell keeps its state in, if it does: the state is then a dict of them, and no argument.
+    held: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return hash((self.order, self.returns))  # at every call, so of a few words only
@@ -65,8 +68,8 @@ class Convention:
         """(y, last) as the user gets them, from their leaves."""
         return (self.state if self.out is None else self.out).unflatten(outputs), self.state.unflatten(last)
 
-    def invoke(self, cell: Any, x: Sequence[Any], state: Sequence[Any]) -> Any:
-        """What the cell returns, as it is."""
+    def invoke(self, cell: Any, x: Sequence[Any], state: Sequence[Any], leave: bool = False) -> Any:
+        """What the cell returns, as it is; and what it holds then, if that is its state, which is put back unless it is to be left."""
         given = {"x": (x, self.inputs), "state": (state, self.state)}
 
         def value(word: str) -> Any:
@@ -76,7 +79,8 @@ class Convention:
 
         names = self.keywords or ("",) * len(self.order)
         pairs = [(name, value(word)) for name, word in zip(names, self.order, strict=True)]
-        return cell(*(v for n, v in pairs if not n), **{n: v for n, v in pairs if n})
+        args, named = [v for n, v in pairs if not n], {n: v for n, v in pairs if n}
+        return held.call(cell, args, named, self.state.unflatten(state), leave) if self.held else cell(*args, **named)
 
     def call(self, cell: Any, x_leaves: Sequence[Tensor], state_leaves: Sequence[Tensor]) -> tuple[list[Tensor] | None, list[Tensor]]:
         """One step: (output leaves or None, new state leaves). Raises StateError where the state comes back another."""
@@ -224,7 +228,7 @@ def declared_order(signature: str, inputs: Structure) -> tuple[Order, list[str],
     if not arrow or not all(w.isidentifier() for w in (*left, *right)) or len(set(left)) < len(left) or len(set(right)) < len(right):
         raise SignatureError(f"{bad} is not of the form 'x, state -> out, state': names, each once a side, and one arrow")
     states, xs = [w for w in left if w in right], [w for w in left if w not in right]
-    if not states or ("state" in left + right and "state" not in states):
+    if "state" in {*left, *right} - {*states} or (not states and len(right) > 1):
         raise SignatureError(f"{bad} names no state: the state stands on both sides, as in 'x, state -> out, state'")
     if len(xs) not in (1, inputs.count) or not xs:
         raise SignatureError(f"{bad} has {len(xs)} inputs beside the state, x is {inputs}; name one, or one for each tensor of x")

@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seqparc.convention import HELP, Convention, Order, called, declared_order, orders, parameters_of
+from seqparc import held
+from seqparc.convention import Convention, Order, called, declared_order, orders, parameters_of
 from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
-from seqparc.tree import LEAF, Structure, describe, flatten, seen
+from seqparc.matching import TRIAL_BATCH, Declared, alike, checked, match, match_held, no_room, refuse_more, rows_of, trial
+from seqparc.startheld import held_state
+from seqparc.tree import LEAF, Structure, describe, flatten
 
 __all__ = ["METHODS", "Convention", "Structure", "broadcast_state", "called", "describe", "discover", "flatten", "initial_state"]
 
 #: Methods of a cell that make its initial state for a batch size.
 METHODS = ("init_state", "initial_state", "init_hidden")
-#: The batch at which a cell is tried with None: no tuple of states is as long, so it cannot be unpacked in a tuple's place.
-TRIAL_BATCH = 7
-
-
-@contextmanager
-def _untouched(cell: Any, leaves: Sequence[Any], grad: bool = False) -> Iterator[None]:
-    """A trial that leaves no trace: buffers, attributes and random states are put back; no graph unless asked for."""
-    owner = cell if isinstance(cell, nn.Module) else getattr(cell, "__self__", None)
-    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
-    attributes = [(m.__dict__, dict(m.__dict__)) for m in modules] + [(m._buffers, dict(m._buffers)) for m in modules]
-    values = [(t, t.detach().clone()) for _, kept in attributes for t in kept.values() if isinstance(t, Tensor)]
-    devices = {t.device.index for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"}
-    python = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.set_grad_enabled(grad):
-            yield
-    finally:
-        random.setstate(python)
-        for live, kept in attributes:
-            live.clear()
-            live.update(kept)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-
-
-def _rows(leaves: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """The same samples as a batch of another size, in memory of their own."""
-    return [t.detach().index_select(0, torch.arange(rows, device=t.device) % t.shape[0]) for t in leaves]
-
-
-def _checked(tree: Any, batch: int, what: str, error: type[SeqparcError]) -> tuple[list[Tensor], Structure]:
-    try:
-        leaves, structure = flatten(tree)
-    except ShapeError as wrong:
-        raise error(f"{what}: {wrong}") from wrong
-    if not leaves:
-        raise error(f"{what} holds no tensor")
-    for i, t in enumerate(leaves):
-        if t.dim() < 1 or t.shape[0] != batch:
-            raise error(f"{what}: leaf {i} has shape {list(t.shape)}; its first axis must be the batch of {batch}")
-    return leaves, structure
-
-
-#: What a signature says: the arguments, the ways to read what comes back, the number of state arguments.
-Declared = tuple[Order, list[str], int]
 
 
 def discover(
@@ -76,93 +31,22 @@ def discover(
     Raises SignatureError where it stays unclear, StateError where the cell returns another state than it was given.
     """
     name = name or called(cell)
-    x, inputs = _checked(x_t, batch, "x", ShapeError)
+    x, inputs = checked(x_t, batch, "x", ShapeError)
     declared = declared_order(signature, inputs) if signature is not None else None
     if state is None:
-        with _untouched(cell, x):
+        with held.untouched(cell, x):
             state = _initial(cell, name, x, inputs, batch, declared)
-    leaves, structure = _checked(state, batch, f"the state of {name}", StateError)
+    leaves, structure = checked(state, batch, f"the state of {name}", StateError)
+    if declared is not None and not declared[2]:
+        return match_held(cell, name, x, inputs, leaves, structure, declared)
     if declared is not None and declared[2] not in (1, structure.count):
         raise SignatureError(f"signature {signature!r} names {declared[2]} state arguments, the state is {structure}")
-    return _match(cell, name, x, inputs, leaves, structure, declared)
-
-
-def _match(
-    cell: Any, name: str, x: list[Tensor], inputs: Structure, state: list[Tensor], structure: Structure, declared: Declared | None
-) -> Convention:
-    """The one way of calling the cell that gives its state back."""
-    n = structure.count
-    ways = [declared[0]] if declared is not None else orders(parameters_of(cell), inputs, structure)
-    flat = ", ".join(("out", *(f"state.{i}" for i in range(n))))
-    readings = declared[1] if declared is not None else ["state", "out, state"] + [flat] * (n > 1)
-    if not ways:
-        raise SignatureError(_no_room(cell, name, inputs, structure))
-    # A batch as large as a tuple is long could be unpacked in its place.
-    rows = len(x[0]) if len(x[0]) > 1 + max(n, inputs.count) else TRIAL_BATCH + n + inputs.count
-    x, state = _rows(x, rows), _rows(state, rows)
-    failures: list[tuple[Order, Exception]] = []
-    near: SeqparcError | None = None
-    for rank in sorted({o.rank for o in ways}):
-        fits = []
-        for order in (o for o in ways if o.rank == rank):
-            trial = Convention(order.words, structure, inputs, keywords=order.keywords)
-            try:
-                result = _trial(cell, trial, x, state)
-            except Exception as error:  # whatever the user's code raises, it says only that this is not the way to call it
-                failures.append((order, error))
-                continue
-            fit = _reading(trial, readings, name, result, state)
-            if isinstance(fit, Convention):
-                fits.append(fit)
-            else:
-                near = near or fit
-        if len(fits) == 1:
-            return fits[0]
-        if fits:
-            seen_ways = " and as ".join(f"({', '.join(f.order)})" for f in fits)
-            raise SignatureError(
-                f"cell {name}{parameters_of(cell)} can be called as {seen_ways}, gives a state each way, and its parameter names do "
-                f"not tell which is meant. {HELP}"
-            )
-    if near is not None:
-        raise near
-    told = "; ".join(f"called as ({', '.join(o.words)}) it raised {type(e).__name__}: {e}" for o, e in failures[:3])
-    raise SignatureError(
-        f"cell {name} could not be called with x {inputs} = {describe(x)} and state {structure} = {describe(state)}: {told}. {HELP}"
-    ) from failures[0][1]
-
-
-def _trial(cell: Any, way: Convention, x: Sequence[Tensor], state: Sequence[Any], grad: bool = False) -> Any:
-    """What the cell returns, on copies of its arguments."""
-    with _untouched(cell, x, grad):
-        return way.invoke(cell, [t.clone() for t in x], [t if t is None else t.clone() for t in state])
-
-
-def _reading(
-    trial: Convention, readings: list[str], name: str, result: Any, state: list[Tensor]
-) -> Convention | SeqparcError:
-    """The convention completed by what came back, or the most telling of the reasons why it does not fit."""
-    problems: list[StateError | SignatureError] = []
-    for returns in readings:
-        try:
-            return dataclasses.replace(trial, returns=returns).completed(name, result, state)
-        except (StateError, SignatureError) as error:
-            problems.append(error)
-    chosen = next((p for p in problems if isinstance(p, SignatureError) or "leaf" in str(p)), problems[0])
-    return type(chosen)(f"{chosen} (called as ({', '.join(trial.order)}), it returned {seen(result)}. {HELP})")
-
-
-def _no_room(cell: Any, name: str, inputs: Structure, state: Structure | None) -> str:
-    parameters = parameters_of(cell)
-    if len(parameters.positional) + len(parameters.keyword) <= 1:
-        return (
-            f"cell {name}{parameters} takes no state. If it keeps its state on itself (self.h = ...), have it passed in and returned "
-            "instead: forward(x, state) -> state, or -> (out, state)."
-        )
-    return f"cell {name}{parameters} has no place for x {inputs} and state {state or 'tensor'}, or needs more than these. {HELP}"
-
-
-# -- the initial state -----------------------------------------------------------------------------------------------
+    if structure.kind == "dict" and set(structure.names) <= set(held.attributes(cell)):
+        with contextlib.suppress(SignatureError):
+            return match_held(cell, name, x, inputs, leaves, structure, declared)
+    found = match(cell, name, x, inputs, leaves, structure, declared)
+    refuse_more(cell, found, name, x, leaves)
+    return found
 
 
 def broadcast_state(example: Any, batch: int) -> Any:
@@ -171,23 +55,33 @@ def broadcast_state(example: Any, batch: int) -> Any:
     return structure.unflatten([t.expand(batch, *t.shape) for t in leaves])
 
 
-def initial_state(cell: Any, x_t: Any, batch: int, convention: Convention | None = None, given: Any = None) -> Any:
+def initial_state(
+    cell: Any, x_t: Any, batch: int, convention: Convention | None = None, given: Any = None, signature: str | None = None
+) -> Any:
     """The state before the first step, a tree of [batch, ...]; x_t [batch, ...] is one step of the input.
 
     In this order: `given` (an example for one sample, or a callable batch -> state); the cell's own init_state,
-    initial_state or init_hidden(batch); zeros, where the cell takes None for them; zeros of hidden_size. Raises StateError
-    where none of these is there, or where None means something else to the cell than zeros.
+    initial_state or init_hidden(batch); zeros, where the cell takes None for them; zeros of hidden_size; what a cell that keeps
+    its state on itself holds. Raises StateError where none of these is there, or where None means something else to the cell than zeros.
     """
     name = called(cell)
-    x, inputs = _checked(x_t, batch, "x", ShapeError)
+    x, inputs = checked(x_t, batch, "x", ShapeError)
     if given is None:
         declared = None
         if convention is not None:
             order = Order(convention.order, convention.keywords, 0, frozenset(), 0)
             declared = (order, [convention.returns], convention.state.count if convention.separate else 1)
+        elif signature is not None:
+            declared = declared_order(signature, inputs)
+        methods = any(callable(getattr(cell, m, None)) for m in METHODS)
+        start = None if methods or (declared is not None and declared[2]) else held_state(cell, x, inputs)
+        if start is not None:
+            return start
+        if declared is not None and not declared[2]:
+            raise StateError(f"signature {signature!r} names no state, and {name} changes none of its attributes, where else it could be")
         return _initial(cell, name, x, inputs, batch, declared)
     made = given(batch) if callable(given) else broadcast_state(given, batch)
-    leaves, structure = _checked(made, batch, f"the state= given for {name}", StateError)
+    leaves, structure = checked(made, batch, f"the state= given for {name}", StateError)
     return structure.unflatten([t.to(x[0].device) for t in leaves])
 
 
@@ -203,9 +97,9 @@ def _initial(cell: Any, name: str, x: list[Tensor], inputs: Structure, batch: in
                     f"{name}.{method}({batch}) raised {type(error).__name__}: {error}. It is called with the batch size and returns a "
                     "state [batch, ...]; or give state= to seqparc.compile."
                 ) from error
-            _checked(made, batch, f"what {name}.{method}({batch}) returned", StateError)
+            checked(made, batch, f"what {name}.{method}({batch}) returned", StateError)
             return made
-    zeros = _from_none(cell, name, _rows(x, TRIAL_BATCH), inputs, declared)
+    zeros = _from_none(cell, name, rows_of(x, TRIAL_BATCH), inputs, declared)
     if zeros is not None:
         leaves, structure = flatten(zeros)
         return structure.unflatten([t.new_zeros(batch, *t.shape[1:]) for t in leaves])
@@ -216,7 +110,7 @@ def _initial(cell: Any, name: str, x: list[Tensor], inputs: Structure, batch: in
         h = torch.zeros(batch, size, dtype=dtype, device=x[0].device)
         for state in ((h, h.clone()), h):  # the pair first: a tensor can be indexed like a pair, a pair not used like a tensor
             try:
-                _match(cell, name, x, inputs, *flatten(state), declared)
+                match(cell, name, x, inputs, *flatten(state), declared)
             except SeqparcError as error:
                 tried = f" It has hidden_size {size}, but neither a tensor [batch, {size}] nor a pair of them is its state: {error}"
             else:
@@ -238,7 +132,7 @@ def _from_none(cell: Any, name: str, x: list[Tensor], inputs: Structure, declare
         shape = LEAF if n == 1 else Structure("tuple", children=(LEAF,) * n)
         way = Convention(order.words, shape, inputs, keywords=order.keywords)
         try:
-            result = _trial(cell, way, x, [None] * n)
+            result = trial(cell, way, x, [None] * n)
         except Exception:  # whatever the user's code raises: it takes no None here
             continue
         fits, other = [], False
@@ -246,10 +140,10 @@ def _from_none(cell: Any, name: str, x: list[Tensor], inputs: Structure, declare
             zeros, structure = flatten(state)
             same = dataclasses.replace(way, state=structure)
             try:
-                again = _trial(cell, same, x, zeros)
+                again = trial(cell, same, x, zeros)
             except Exception:  # this part of what came back is not the state
                 continue
-            if not _alike(result, again) or _own_start(cell, way, same, x, [None] * n, zeros):
+            if not alike(result, again) or _own_start(cell, way, same, x, [None] * n, zeros):
                 other = True
             else:
                 fits.append((same, zeros))
@@ -274,7 +168,7 @@ def _ways(cell: Any, name: str, inputs: Structure) -> list[tuple[Order, int]]:
         split = orders(parameters, inputs, Structure("tuple", children=(LEAF,) * n))
         found += [(o, n) for o in split if any(w.startswith("state.") for w in o.words)]
     if not found:
-        raise SignatureError(_no_room(cell, name, inputs, None))
+        raise SignatureError(no_room(cell, name, inputs, None))
     return sorted(found, key=lambda f: (f[0].rank, len(f[0].words)))
 
 
@@ -293,19 +187,10 @@ def _candidates(result: Any, n: int, rows: int) -> Iterator[Any]:
             yield structure.unflatten([torch.zeros_like(t) for t in leaves])
 
 
-def _alike(one: Any, two: Any, rows: Tensor | slice = slice(None)) -> bool:
-    """Whether two results are the same numbers; `rows` picks samples of the first."""
-    (a, first), (b, second) = flatten(one), flatten(two)
-    return first == second and all(
-        p.shape == q.shape and p.dtype == q.dtype and torch.allclose(p[rows], q, rtol=1e-4, atol=1e-6, equal_nan=True)
-        for p, q in zip(a, b, strict=True)
-    )
-
-
 def _own_start(cell: Any, none: Convention, zero: Convention, x: list[Tensor], nones: list[None], zeros: list[Tensor]) -> bool:
     """Whether the cell uses parameters for None that it does not use for zeros: a learned initial state."""
     try:
-        used = [_parameters_used(_trial(cell, way, x, state, grad=True)) for way, state in ((none, nones), (zero, zeros))]
+        used = [_parameters_used(trial(cell, way, x, state, grad=True)) for way, state in ((none, nones), (zero, zeros))]
     except Exception:  # the cell cannot be differentiated, so nothing in it is learned
         return False
     return not used[0] <= used[1]
@@ -328,6 +213,6 @@ def _by_sample(cell: Any, way: Convention, x: list[Tensor], zeros: list[Tensor])
     state = [z + torch.rand(z.shape, generator=generator).to(z) for z in zeros]
     turned = torch.arange(len(x[0]), device=x[0].device).flip(0)
     try:
-        return _alike(_trial(cell, way, x, state), _trial(cell, way, [t[turned] for t in x], [s[turned] for s in state]), turned)
+        return alike(trial(cell, way, x, state), trial(cell, way, [t[turned] for t in x], [s[turned] for s in state]), turned)
     except Exception:  # whatever the user's code raises
         return False

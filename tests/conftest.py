@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 
-_CACHE = tempfile.TemporaryDirectory(prefix="seqparc-tests-")
-os.environ["SEQPARC_CACHE"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the run that starts them
+    _CACHE = tempfile.TemporaryDirectory(prefix="seqparc-tests-")
+    os.environ["SEQPARC_CACHE"] = _CACHE.name
 os.environ["SEQPARC_VERIFY"] = "1"
 
 import pytest  # noqa: E402

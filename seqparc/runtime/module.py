@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seqparc import signature as sig
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
+from seqparc.held import Watch, untouched
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
@@ -44,11 +45,7 @@ class Known(NamedTuple):
     convention: sig.Convention
     start: list[Tensor] | None
     about: tuple[Any, ...]
-
-
-def _cuda(tensors: Sequence[Tensor]) -> list[int]:
-    """The GPUs that tensors are on."""
-    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    watch: Watch | None  # on what the cell holds, if that is what it starts from
 
 
 def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -230,7 +227,7 @@ class CompiledRNN(nn.Module):
         known = self._understood.get(about)
         if known is not None:
             steps = leaves[0].shape[1]
-            start = known.start if given is None else given[0]
+            start = given[0] if given is not None else None if known.watch is not None and known.watch.changed() else known.start
             if start is not None and steps and (len(leaves) == 1 or all(v.shape[1] == steps for v in leaves)):
                 return Call(leaves, known.convention, start, known.about)
         return self._understand(about, leaves, structure, state)
@@ -252,7 +249,7 @@ class CompiledRNN(nn.Module):
         x_t = structure.unflatten([v[:, 0] for v in leaves])
         fixed = state is None and not callable(self._given) and not any(hasattr(self.cell, m) for m in sig.METHODS)
         if state is None:
-            state = sig.initial_state(self.cell, x_t, batch, given=self._given)
+            state = sig.initial_state(self.cell, x_t, batch, given=self._given, signature=self._signature)
         start, _ = sig.flatten(state)
         for i, leaf in enumerate(start):
             if leaf.dim() < 1 or leaf.shape[0] != batch:
@@ -264,7 +261,8 @@ class CompiledRNN(nn.Module):
         keep = fixed and not any(t.requires_grad for t in start)
         self._first, self._parts = tuple(itertools.islice(self.parameters(), 1)), tuple(self.modules())
         about = (*about[:-1], (self._first[0].dtype, self._first[0].device) if self._first else None)
-        self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start))
+        watch = Watch(self.cell) if convention.held and keep else None
+        self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start), watch)
         return Call(leaves, convention, start, self._understood[about].about)
 
     def _check_place(self, leaves: Sequence[Tensor]) -> None:
@@ -289,7 +287,7 @@ class CompiledRNN(nn.Module):
         if engine is None:
             convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
             try:
-                with uncollected(), torch.random.fork_rng(devices=_cuda(x_t)):  # no draw of the user's is used up
+                with uncollected(), untouched(self.cell, x_t, torch.is_grad_enabled()):  # no draw of the user's is used up either
                     backends = TOOLS["backends"](self.options, x_t[0].device)
                     plan = TOOLS["compile_plan"](cell, convention, x_t, start, fold=backends[0][0] != "triton")
                     engine = Engine(plan, backends, self.options, TOOLS["choose"])

@@ -29,6 +29,8 @@ def objection(at: int, stateless: bool) -> str | None:
         return "it is a function, whose tensors a graph does not see"
     if stateless and (rnn._given is not None or any(hasattr(rnn.cell, m) for m in sig.METHODS)):
         return "it makes its initial state itself; give the state"
+    if stateless and any(known.convention.held for known in rnn._understood.values()):
+        return "it keeps its state on itself; give the state"
     return next((why for e in rnn._engines.values() if (why := _objection(rnn, e)) is not None), None)
 
 
