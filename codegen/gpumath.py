@@ -289,6 +289,15 @@ def atan2(a, b):
 
 
 @triton.jit
+def hypot(a, b):
+    x, y = tl.abs(a), tl.abs(b)
+    low, high = minimum(x, y), maximum(x, y)
+    r = tl.where(low == high, 1.0, low / high)
+    h = tl.where(high == 0.0, high, high * sqrt(1.0 + r * r))
+    return tl.where((x == float("inf")) | (y == float("inf")), float("inf"), h)
+
+
+@triton.jit
 def erf(x):
     return tl.where(tl.abs(x) < 1e-8, x * 1.1283791670955126, tl.erf(x))  # tl.erf may flush a denormal
 

@@ -290,6 +290,14 @@ SP_EACH2(atan2, atan2)
 
 SP_FN vf sp_rsqrt(vf x) { return 1 / sp_sqrt(x); }
 
+/* The larger of both times what the ratio adds, so that no square overflows; an infinity counts whatever is beside it. */
+SP_FN vf sp_hypot(vf a, vf b) {
+  vf x = sp_abs(a), y = sp_abs(b), high = sp_max(x, y), low = sp_min(x, y);
+  vf r = sp_select((vi)(low == high), sp_set1(1), low / high);
+  vf h = high * sp_sqrt(1 + r * r);
+  return sp_select((vi)(high == 0) , high, sp_select((vi)(x == sp_set1(INFINITY)) | (vi)(y == sp_set1(INFINITY)), sp_set1(INFINITY), h));
+}
+
 /* The remainder that has the sign of b: fmod's, moved by b where its sign is the other and it is not zero (torch's rule). */
 SP_FN vf sp_remainder(vf a, vf b) {
   vf m = sp_fmod(a, b);

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from seqparc import convolution as convolution  # registers its handlers
+from seqparc import complexes as complexes  # these three register their handlers
+from seqparc import convolution as convolution
 from seqparc import structural as structural
 from seqparc.captured import Getter, reachable
 from seqparc.draws import Draw, seed
@@ -194,7 +195,11 @@ def readout(graph: Graph, lowered: Lowered) -> Any:
         return None
     stops: dict[fx.Node, Key] = {n: ("stream", i) for i, n in enumerate(lowered.streams)}
     stops |= {n: ("param", i) for i, n in enumerate(lowered.params)}
-    stops |= {n: ("next", i) for i, n in enumerate(graph.next) if n.meta["kind"] == "state"}
+    following = {i: n for i, n in enumerate(graph.next) if n.meta["kind"] == "state"}
+    stops |= {n: ("next", i) for i, n in following.items()}
+    for i, node in following.items():
+        if str(node.target) == "aten.view_as_real.default" and isinstance(whole := node.args[0], fx.Node):
+            stops[whole] = ("complex", i)
     return carve(graph.out, {n: key for n, key in stops.items() if n.op != "placeholder"})
 
 
@@ -209,8 +214,9 @@ def check(plan: Plan, convention: Convention, cell: Any, x: Sequence[Tensor], st
 
     def sample(t: Tensor, *lead: int) -> Tensor:
         rows = t.detach().cpu().index_select(0, torch.arange(batch * (lead[0] if lead else 1)) % t.shape[0])
-        if rows.dtype.is_floating_point:
-            rows = rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.dtype)
+        if rows.dtype.is_floating_point or rows.is_complex():
+            wide = torch.complex128 if rows.is_complex() else torch.float64
+            rows = rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=wide).to(rows.dtype)
         return (rows.reshape(batch, *lead, *rows.shape[1:]) if lead else rows).to(t.device)
 
     xs, ss = [sample(t, steps) for t in x], [sample(t) for t in state]
@@ -224,6 +230,8 @@ def check(plan: Plan, convention: Convention, cell: Any, x: Sequence[Tensor], st
             rows.append(out if out is not None else now)
         for i, mine in enumerate(got):
             theirs = torch.stack([r[i] for r in rows], 1)
+            if theirs.is_complex():
+                mine, theirs = torch.view_as_real(mine.resolve_conj()), torch.view_as_real(theirs.resolve_conj())
             theirs = theirs if theirs.dtype.is_floating_point else theirs.to(torch.float64)
             unit = 1e-9 if theirs.dtype is torch.float64 else 2e-4 if theirs.dtype is torch.float32 else 5e-2
             unit = max(unit, 5e-2) if plan.coarse else unit

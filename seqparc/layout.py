@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ class Laid:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.elem.shape)
+
+
+class Pair(NamedTuple):
+    """A lowered complex tensor: two real ones of the same shape."""
+
+    re: Laid
+    im: Laid
 
 
 class Layouts:

@@ -22,7 +22,7 @@ from seqparc.errors import TraceError, UnsupportedOpError
 from seqparc.fold import worth_folding
 from seqparc.graphs import Graph
 from seqparc.ir import Value
-from seqparc.layout import Ints, Laid, Layouts
+from seqparc.layout import Ints, Laid, Layouts, Pair
 from seqparc.ops import ATEN, SPLITS, VIEWS
 
 
@@ -50,6 +50,7 @@ class Lowering(Layouts):
         self.known_zero: dict[int, NDArray[np.bool_]] = {}
         self.frozen: dict[str, torch.Tensor] = {}
         self.dtypes: set[torch.dtype] = set()
+        self.part: int | None = None  # which part of complex values is being lowered, while one is
 
     # -- the whole ---------------------------------------------------------------------------------------------------
 
@@ -162,19 +163,18 @@ class Lowering(Layouts):
         if not isinstance(node, fx.Node):
             return node
         if node not in self.done:
-            outer, self.node = self.node, node
+            outer, part = self.node, self.part
+            self.node, self.part = node, None
             self.done[node] = self._lower(node)
-            self.node = outer
-        return self.done[node]
+            self.node, self.part = outer, part
+        found = self.done[node]
+        return found[self.part] if isinstance(found, Pair) and self.part is not None else found
 
     def _lower(self, node: fx.Node) -> Any:
         kind, target = node.meta["kind"], str(node.target)
         val: Any = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point:
-            if kind == "state":
-                self.dtypes.add(val.dtype)
-        elif isinstance(val, torch.Tensor) and val.dtype.is_complex:
-            raise UnsupportedOpError(f"{node.meta.get('src') or 'the cell'}: complex numbers in the core ({target})")
+        if isinstance(val, torch.Tensor) and kind == "state" and (val.dtype.is_floating_point or val.dtype.is_complex):
+            self.dtypes.add(val.dtype.to_real() if val.dtype.is_complex else val.dtype)
         if node in self.graph.state:
             size = val.numel() // val.shape[0]
             return self._input(ir.leaf("state", self.graph.state.index(node), np.arange(size)[None]), val)
@@ -196,9 +196,22 @@ class Lowering(Layouts):
 
     def _operation(self, node: fx.Node) -> Any:
         """A node in the core, by its operation."""
-        target, is_view = str(node.target), _moves_only(node)
         if _is_part(node):
             return self.lower(node.args[0])[node.args[1]]
+        if not any(_is_complex(n) for n in (node, *node.all_input_nodes)):
+            return self.plain(node)
+        handler = COMPLEX.get(str(node.target), COMPLEX["_copied"] if getattr(node.target, "__name__", "") == "_copied" else None)
+        if handler is None:
+            raise UnsupportedOpError(
+                f"{node.meta.get('src') or 'the cell'}: the operation {node.target} lies on a path from the state to the next state, and "
+                "is not known there for complex numbers"
+            )
+        args, kwargs = node.meta["static"][self.which]
+        return handler(self, node, *args, **kwargs)
+
+    def plain(self, node: fx.Node) -> Any:
+        """An operation on real numbers, or on one part of complex ones."""
+        target, is_view = str(node.target), _moves_only(node)
         handler = STRUCTURAL.get(target)
         args, kwargs = node.meta["static"][self.which]
         if handler is not None:
@@ -216,10 +229,12 @@ class Lowering(Layouts):
     def _operands(self, args: Sequence[Any]) -> list[Any]:
         return [self.lower(a) for a in args]
 
-    def _frontier(self, node: fx.Node, kind: str, val: Any) -> Laid:
+    def _frontier(self, node: fx.Node, kind: str, val: Any) -> Laid | Pair:
         """A value the core takes from outside: computed before the loop, once per step or once per call."""
         if not isinstance(val, torch.Tensor):
             raise UnsupportedOpError(f"{node.meta.get('src')}: {node.target} gives the core something that is not a tensor")
+        if val.dtype.is_complex:
+            return Pair(*(self.lower(part) for part in apart(node)))
         nodes = self.params if kind == "param" else self.streams
         if node not in nodes:
             nodes.append(node)
@@ -237,6 +252,8 @@ class Lowering(Layouts):
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor):
             return node.meta["static"][self.which]
+        if val.dtype.is_complex:
+            return Pair(*(self.lower(part) for part in apart(node)))
         flat = val.reshape(-1).to(torch.float64)
         if flat.numel() and bool((flat == flat[0]).all() or torch.isnan(flat).all()):
             shape = list(val.shape)
@@ -298,6 +315,34 @@ class Lowering(Layouts):
         return None
 
 
+def _is_complex(node: fx.Node) -> bool:
+    """Whether a node's value is complex, or is several of which one is."""
+    value = node.meta.get("val")
+    return any(isinstance(v, torch.Tensor) and v.dtype.is_complex for v in (value if isinstance(value, (list, tuple)) else (value,)))
+
+
+def real_part(t: torch.Tensor) -> torch.Tensor:
+    return t.resolve_conj().real
+
+
+def imaginary_part(t: torch.Tensor) -> torch.Tensor:
+    return t.resolve_conj().imag
+
+
+def apart(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Nodes for the two parts of a complex value from outside the core."""
+    if "apart" not in node.meta:
+        made = []
+        with node.graph.inserting_after(node):
+            for take in (imaginary_part, real_part):
+                part = node.graph.call_function(take, (node,))
+                static: Any = ((node,), {}), ((node,), {})
+                part.meta.update(val=take(node.meta["val"]), src=node.meta.get("src"), kind=node.meta["kind"], static=static)
+                made.append(part)
+        node.meta["apart"] = (made[1], made[0])
+    return node.meta["apart"]  # type: ignore[no-any-return]
+
+
 def _is_part(node: fx.Node) -> bool:
     """Whether a node picks one result of an operation that has several."""
     return getattr(node.target, "__name__", "") == "_getitem"
@@ -317,3 +362,5 @@ def _is_param(value: Value) -> bool:
 
 #: ATen overload -> handler(lowering, node, *static args): operations that are neither rows nor plain views.
 STRUCTURAL: dict[str, Callable[..., Any]] = {}
+#: The same for operations that take or give complex numbers.
+COMPLEX: dict[str, Callable[..., Any]] = {}

@@ -77,7 +77,7 @@ class _Storage:
 
 def _geometry(t: torch.Tensor) -> tuple[Any, ...]:
     strides = tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
-    return (tuple(t.shape), strides, t.storage_offset(), t.dtype)
+    return (tuple(t.shape), strides, t.storage_offset(), t.dtype, t.is_conj(), t.is_neg())
 
 
 def _offsets(t: torch.Tensor) -> torch.Tensor:
@@ -262,6 +262,8 @@ class _Recorder(TorchDispatchMode):
 
     def refuse_foreign(self, target: torch.Tensor) -> None:
         """Raises TraceError, before a write happens, if it would go to what the cell was given."""
+        if target.is_conj() or target.is_neg():
+            raise TraceError(f"{user_source() or 'the cell'} writes in place into a conjugate view. Make a copy first, with .clone().")
         if target.untyped_storage()._cdata not in self.storages:
             self.attribute(target)
         origin = self.storages[target.untyped_storage()._cdata].origin

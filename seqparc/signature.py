@@ -106,9 +106,11 @@ def _initial(cell: Any, name: str, x: list[Tensor], inputs: Structure, batch: in
     size, tried = getattr(cell, "hidden_size", None), ""
     if isinstance(size, int) and not isinstance(size, bool):
         weights = cell.parameters() if isinstance(cell, nn.Module) else ()
-        dtype = next((t.dtype for t in (*weights, *x) if t.is_floating_point() or t.is_complex()), None)
-        h = torch.zeros(batch, size, dtype=dtype, device=x[0].device)
-        for state in ((h, h.clone()), h):  # the pair first: a tensor can be indexed like a pair, a pair not used like a tensor
+        dtypes = dict.fromkeys(t.dtype for t in (*weights, *x) if t.is_floating_point() or t.is_complex())
+        real = [d for d in dtypes if not d.is_complex]
+        zeros = [torch.zeros(batch, size, dtype=d, device=x[0].device) for d in (*real[:1], *[d for d in dtypes if d.is_complex][:1])]
+        # The pair first: a tensor can be indexed like a pair, a pair not used like a tensor.
+        for state in [s for h in zeros for s in ((h, h.clone()), h)]:
             try:
                 match(cell, name, x, inputs, *flatten(state), declared)
             except SeqparcError as error:

@@ -91,6 +91,10 @@ class Report:
         return rendered(self.table())
 
 
+def _differentiable(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
 class Precise(TorchFunctionMode):
     """Runs PyTorch code in another floating-point dtype: every tensor of a lower one is converted where it is first used.
 
@@ -99,29 +103,30 @@ class Precise(TorchFunctionMode):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtypes = (dtype, dtype.to_complex())
         self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
     def leaf(self, t: Tensor) -> Tensor:
         """The stand-in of a parameter or other tensor that requires a gradient and has no history; itself if precise enough."""
-        if t.dtype == self.dtype:
+        if t.dtype in self.dtypes:
             return t
         if id(t) not in self.leaves:
-            self.leaves[id(t)] = (t, t.detach().to(self.dtype).requires_grad_())
+            self.leaves[id(t)] = (t, t.detach().to(self.dtypes[t.is_complex()]).requires_grad_())
         return self.leaves[id(t)][1]
 
     def raised(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.dtype == self.dtype:
+        if not isinstance(value, Tensor) or not _differentiable(value) or value.dtype in self.dtypes:
             return value
-        return self.leaf(value) if value.is_leaf and value.requires_grad else value.to(self.dtype)
+        return self.leaf(value) if value.is_leaf and value.requires_grad else value.to(self.dtypes[value.is_complex()])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):  # an attribute such as .shape or .dtype
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(self.raised, (tuple(args), kwargs or {}))
-        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
-            kwargs["dtype"] = self.dtype
+        asked = kwargs.get("dtype")
+        if isinstance(asked, torch.dtype) and (asked.is_floating_point or asked.is_complex):
+            kwargs["dtype"] = self.dtypes[asked.is_complex]
         return func(*args, **kwargs)
 
 
@@ -130,7 +135,7 @@ def _parameters(rnn: CompiledRNN) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(rnn.cell.named_parameters()) if isinstance(rnn.cell, nn.Module) else {}
     known = {id(t) for t in named.values()}
     named |= {name: t for name, t in rnn.captured().items() if id(t) not in known and t.is_leaf}
-    return {n: t for n, t in named.items() if t.requires_grad and t.dtype.is_floating_point}
+    return {n: t for n, t in named.items() if t.requires_grad}
 
 
 def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, reference_dtype: torch.dtype = torch.float64) -> Report:
@@ -143,7 +148,7 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
     if not reference_dtype.is_floating_point:
         raise ShapeError(f"reference_dtype is {reference_dtype}; choose a floating-point dtype")
     leaves, convention, start = rnn.understand(x, state)
-    own = next((t.dtype for t in (*start, *leaves) if t.dtype.is_floating_point), torch.float32)
+    own = next((t.dtype.to_real() if t.is_complex() else t.dtype for t in (*start, *leaves) if _differentiable(t)), torch.float32)
 
     with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=sorted({t.device.index for t in leaves if t.is_cuda})):
         rnn(x, state)  # compiles, so that everything the cell closes over is known
@@ -159,7 +164,7 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
         def run(call: Callable[..., Any], mode: Precise | None) -> tuple[list[Tensor], list[Tensor | None]]:
             def copied(t: Tensor) -> Tensor:
                 t = t.detach().clone() if mode is None else mode.raised(t.detach()).clone()
-                return t.requires_grad_(grad and t.dtype.is_floating_point)
+                return t.requires_grad_(grad and _differentiable(t))
 
             xs, ss = [copied(t) for t in leaves], [copied(t) for t in start]
             seed(leaves[0].device)  # for cells that draw
@@ -170,7 +175,8 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
                 return results, []
             wanted = [t for t in (*xs, *ss) if t.requires_grad]
             wanted += list(parameters.values()) if mode is None else [mode.leaf(p) for p in parameters.values()]
-            scalar = sum((w.to(r.dtype) * r).sum() for w, r in zip(_weights(results), results, strict=True) if r.requires_grad)
+            real = [torch.view_as_real(r) if r.is_complex() else r for r in results]
+            scalar = sum((w.to(r.dtype) * r).sum() for w, r in zip(_weights(real), real, strict=True) if r.requires_grad)
             if not isinstance(scalar, Tensor):
                 return results, [None] * len(wanted)
             return results, list(torch.autograd.grad(scalar, wanted, allow_unused=True))
@@ -179,8 +185,8 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
     names = _names("y", len(mine[0]) - len(start)) + _names("last", len(start))
     rows = [_row(n, own, a, b, c) for n, a, b, c in zip(names, mine[0], eager[0], truth[0], strict=True)]
     if grad:
-        floats = [k for k, t in zip(_names("x", len(leaves)), leaves, strict=True) if t.dtype.is_floating_point]
-        floats += [k for k, t in zip(_names("state", len(start)), start, strict=True) if t.dtype.is_floating_point]
+        floats = [k for k, t in zip(_names("x", len(leaves)), leaves, strict=True) if _differentiable(t)]
+        floats += [k for k, t in zip(_names("state", len(start)), start, strict=True) if _differentiable(t)]
         named = [f"gradient of {n}" for n in (*floats, *parameters)]
         for name, a, b, c in zip(named, mine[1], eager[1], truth[1], strict=True):
             if a is not None or c is not None:
@@ -200,7 +206,8 @@ def _weights(results: Sequence[Tensor]) -> list[Tensor]:
 
 def _row(name: str, own: torch.dtype, mine: Tensor, loop: Tensor, truth: Tensor) -> Row:
     """Errors of one tensor; NaN and inf must stand where they stand in the plain loop, and count as an infinite error if not."""
-    a, b, c = (t.detach().to(torch.float64) for t in (mine, loop, truth))
+    a, b, c = (torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach() for t in (mine, loop, truth))
+    a, b, c = a.double(), b.double(), c.double()
     finite = a.isfinite() & c.isfinite()
     scale = float(c[c.isfinite()].abs().max()) if bool(c.isfinite().any()) else 0.0
     scale = scale or 1.0

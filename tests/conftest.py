@@ -10,8 +10,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the ru
     os.environ["SEQPARC_CACHE"] = _CACHE.name
 os.environ["SEQPARC_VERIFY"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
 from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import OwnGradientCall
+from seqparc.runtime.paired import Paired, as_real
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
 
@@ -52,6 +53,14 @@ def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequ
     """What an engine depends on, the type of device first: of tensors, all but the values and the batch and time axes."""
     shapes = [*[(v.shape[2:], v.dtype) for v in leaves], *[(s.shape[1:], s.dtype) for s in start]]
     return leaves[0].device.type, convention, len(leaves), *shapes
+
+
+def paired(call: Call, cell: Any) -> tuple[Call, Any]:
+    """The same call of a step with real states, if the cell's are not."""
+    if not any(s.is_complex() for s in call.start):
+        return call, cell
+    step, start = Paired(cell, call.convention, len(call.leaves), call.start), as_real(call.start)
+    return Call(call.leaves, step.signature, start, about_call(step.signature, call.leaves, start)), step
 
 
 class CompiledRNN(nn.Module):
@@ -123,14 +132,16 @@ class CompiledRNN(nn.Module):
 
     def _answer(self, call: Call, cell: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Output leaves [batch, time, ...] and last state leaves of a call of the cell, or of a step made from it."""
+        call, cell = paired(call, cell)
         leaves, convention, start, _ = call
         engine = self._engine(call, cell)
         if isinstance(engine, str):
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
-            return loop(lambda a, b: convention.call(cell, a, b), leaves, start)
+            looped = loop(lambda a, b: convention.call(cell, a, b), leaves, start)
+            return cell.own(*looped) if isinstance(cell, Paired) else looped
         answer = self._run(engine, cell, convention, leaves, start)
         self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
-        return answer
+        return cell.own(*answer) if isinstance(cell, Paired) else answer
 
     def _varied(self, x: Any, state: Any, lengths: Any, reset: Any) -> tuple[Any, Any]:
         """A call with lengths or resets."""
@@ -294,7 +305,7 @@ class CompiledRNN(nn.Module):
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
-                if cell is self.cell or isinstance(cell, variant.Variant):
+                if cell is self.cell or isinstance(cell, (variant.Variant, Paired)):
                     message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
             if isinstance(engine, Engine):

@@ -76,6 +76,8 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
     values |= {("param", i): w for i, w in enumerate(weights)}
     for i, (y, s) in enumerate(zip(states, start, strict=True)):
         values["next", i] = y.flatten(0, 1)
+        if ("complex", i) in plan.readout.inputs:
+            values["complex", i] = torch.view_as_complex(values["next", i].contiguous())
         if ("state", i) in plan.readout.inputs:
             values["state", i] = before(s, y).flatten(0, 1)
     for key in plan.readout.inputs:

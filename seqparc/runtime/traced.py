@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from seqparc import signature as sig
 from seqparc.errors import SeqparcError, ShapeError
 from seqparc.runtime.engine import Engine
-from seqparc.runtime.module import MODULES, CompiledRNN
+from seqparc.runtime.module import MODULES, CompiledRNN, paired
+from seqparc.runtime.paired import Paired, as_real
 from seqparc.runtime.run import run
 
 
@@ -74,7 +75,8 @@ def _through(at: int, tensors: list[Tensor], x: Any, state: tuple[Any, ...]) -> 
         like = structure.unflatten([_zeros((batch, 2, *v.shape[2:]), v) for v in leaves])
         try:
             asked = rnn._call(like, None if nested is None else nested.unflatten([_zeros((batch, *s.shape[1:]), s) for s in start]))
-            engine = rnn._engine(asked)
+            real, step = paired(asked, rnn.cell)
+            engine = rnn._engine(real, step)
         except Exception as error:
             if any(isinstance(t, FakeTensor) for t in own):
                 raise SeqparcError(
@@ -90,8 +92,9 @@ def _through(at: int, tensors: list[Tensor], x: Any, state: tuple[Any, ...]) -> 
         )
     if nested is None:  # others than zeros are not traceable
         start = [leaves[0].new_zeros(leaves[0].shape[0], *s.shape[1:], dtype=s.dtype) for s in asked.start]
-    done = run(engine, leaves, start, {id(mine): t for mine, t in zip(own, tensors, strict=True)})
-    return asked.convention.unflatten(done.outputs, done.last)
+    done = run(engine, leaves, as_real(start), {id(mine): t for mine, t in zip(own, tensors, strict=True)})
+    outputs, last = step.own(done.outputs, done.last) if isinstance(step, Paired) else (done.outputs, done.last)
+    return asked.convention.unflatten(outputs, last)
 
 
 def _check(leaves: Sequence[Tensor], start: Sequence[Tensor]) -> None:
