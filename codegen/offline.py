@@ -85,7 +85,14 @@ class KernelReport:
 
 def programs(plan: Plan) -> dict[str, Program]:
     """The programs of a plan that become kernels, by direction; a cell with a gradient of its own has that compiled apart."""
-    return {"forward": plan.program} | ({} if plan.own_gradient else {"backward": plan.adjoint().program})
+    inner = [stage.plan for stage in plan.stages if stage.plan is not None] if plan.stages else [plan]
+    found = {}
+    for k, part in enumerate(inner, 1):
+        suffix = f" {k}" if k > 1 else ""
+        found["forward" + suffix] = part.program
+        if not plan.own_gradient:
+            found["backward" + suffix] = part.adjoint().program
+    return found
 
 
 def inspect(program: Program, dtype: torch.dtype, target: str | Target, precision: str = "ieee") -> list[KernelReport]:

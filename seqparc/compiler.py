@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from seqparc import complexes as complexes  # these three register their handlers
 from seqparc import convolution as convolution
+from seqparc import stages
 from seqparc import structural as structural
 from seqparc.captured import Getter, reachable
 from seqparc.draws import Draw, seed
@@ -23,7 +24,7 @@ from seqparc.ir import Program
 from seqparc.lower import Lowered, Lowering
 from seqparc.options import environment
 from seqparc.owngrad import Vjp, own_gradient
-from seqparc.plan import Plan, StateShape
+from seqparc.plan import Plan, Stage, StateShape
 from seqparc.record import Trace, record
 from seqparc.runtime.interpreter import TorchKernel
 from seqparc.signature import Convention
@@ -38,13 +39,27 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
 
     fold: narrow inputs are multiplied inside the recurrence, which saves memory traffic and costs arithmetic.
     """
-    from seqparc.passes import dependency, derivative, diagonal, lanes
-
     begin = time.perf_counter()
     first, second = (trace(cell, convention, x, state, b) for b in BATCH_SIZES)  # two recordings: fx graphs of ATen operations
     draws = alike(first.draws, second.draws)
     counts = (len(x) + len(draws), len(state), convention.out.count if convention.out is not None else 0)
     graph = unify(first, second, BATCH_SIZES, counts)  # -> Graph, for any batch size
+    shapes = [StateShape(tuple(s.shape[1:]), s.dtype) for s in state]
+    getters = {name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()}
+    plan = assemble(graph, shapes, getters, fold)
+    plan.own_gradient, plan.draws = first.own_gradient, draws
+    if not plan.scalar:
+        plan.stages = staged(graph, plan, fold)
+        if plan.stages:
+            plan.readout = readout(graph, [], [])
+    plan.compile_seconds = time.perf_counter() - begin
+    return plan
+
+
+def assemble(graph: Graph, states: Sequence[StateShape], getters: dict[str, Getter], fold: bool) -> Plan:
+    """The plan of a recorded step."""
+    from seqparc.passes import dependency, derivative, diagonal, lanes
+
     lowered = lower(graph)  # -> Lowered: the core as a Program with one lane
     structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
     program = lanes.split_lanes(lowered.program, structure)  # -> Program of one lane
@@ -70,27 +85,42 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
         extend = {"exact": derivative.jacobian, "diagonal": diagonal.diagonal}[update]
         return narrow(extend(program if direction == "forward" else derivative.adjoint(program).program))
 
-    plan = Plan(
-        states=tuple(StateShape(tuple(s.shape[1:]), s.dtype) for s in state),
+    return Plan(
+        states=tuple(states),
         dtype=lowered.dtype,
         prelude=carve(lowered.streams, {}),
         weights=carve(lowered.params, {}),
-        readout=readout(graph, lowered),
+        readout=readout(graph, lowered.streams, lowered.params),
         direct=tuple(graph.x.index(n) if n in graph.x else None for n in lowered.streams),
         core=lowered.program,
         program=chosen,
         scalar=scalar is not None,
         structure=structure,
-        attributes={name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()},
+        attributes=getters,
         frozen=lowered.frozen,
-        own_gradient=first.own_gradient,
-        draws=draws,
         coarse=any(getattr(n.meta.get("val"), "dtype", None) in (torch.bfloat16, torch.float16) for n in graph.graph.nodes),
         adjoint=adjoint,
         jacobian=jacobian,
     )
-    plan.compile_seconds = time.perf_counter() - begin
-    return plan
+
+
+def staged(graph: Graph, plan: Plan, fold: bool) -> tuple[Stage, ...]:
+    """The stages of a plan; none where one is best."""
+    from seqparc.passes.lanes import SCALAR_LIMIT
+
+    order = stages.order(plan.structure.pattern, plan.core.state_sizes, SCALAR_LIMIT)
+    made = []
+    for k, leaves in enumerate(order if len(order) > 1 else ()):
+        earlier = tuple(i for before in order[:k] for i in before)
+        part = stages.part(graph, leaves, earlier)
+        if any(n.meta["kind"] == "state" for n in part.next):
+            inner = assemble(part, [plan.states[i] for i in leaves], plan.attributes, fold)
+            read = [key[1] for key in inner.prelude.inputs if key[0] == "x"] + [d for d in inner.direct if d is not None]
+            made.append(Stage(leaves, earlier, inner, None, frozenset(read)))
+        else:
+            piece = carve(part.next, {})
+            made.append(Stage(leaves, earlier, None, piece, frozenset(key[1] for key in piece.inputs if key[0] == "x")))
+    return tuple(made)
 
 
 def checked(program: Program) -> Program:
@@ -189,12 +219,12 @@ def lower(graph: Graph, fold: bool = False) -> Lowered:
     return first
 
 
-def readout(graph: Graph, lowered: Lowered) -> Any:
+def readout(graph: Graph, streams: Sequence[fx.Node], params: Sequence[fx.Node]) -> Any:
     """The part that makes outputs from states, run once over all steps; None if the output is the state."""
     if not graph.out:
         return None
-    stops: dict[fx.Node, Key] = {n: ("stream", i) for i, n in enumerate(lowered.streams)}
-    stops |= {n: ("param", i) for i, n in enumerate(lowered.params)}
+    stops: dict[fx.Node, Key] = {n: ("stream", i) for i, n in enumerate(streams)}
+    stops |= {n: ("param", i) for i, n in enumerate(params)}
     following = {i: n for i, n in enumerate(graph.next) if n.meta["kind"] == "state"}
     stops |= {n: ("next", i) for i, n in following.items()}
     for i, node in following.items():

@@ -92,18 +92,34 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
     if isinstance(engine, str):
         return Explanation(rnn.name, (("not compiled", (engine, "It runs as the plain loop.")),), np.zeros((0, 0), bool), (), rnn.stats)
     plan = engine.plan
-    entries = _entries(plan)
-    sections = [
-        ("split", _split(plan)),
-        ("state Jacobian", _structure(plan)),
-        ("lanes", _lanes(plan)),
-        *([("entries of one lane", tuple(f"{name} = {_readable(e)}" for name, e in entries[:SHOWN]) + _more(entries))] if entries else []),
-        ("strategy", _strategy(engine)),
-        ("kernels", _kernels(engine)),
-        *([("GPU kernel", told)] if (told := _gpu(engine)) else []),
-        *([("notes", tuple(plan.notes))] if plan.notes else []),
-    ]
+    entries = [entry for _, part in engine.parts for entry in _entries(part.plan)]
+    sections = [("split", _split(plan)), ("state Jacobian", _structure(plan))]
+    if plan.stages:
+        sections = [("stages", _stages(plan)), ("state Jacobian", _structure(plan))]
+    for suffix, part in engine.parts:
+        shown = _entries(part.plan)
+        sections += [
+            *([(f"split{suffix}", _split(part.plan)[:3])] if plan.stages else []),
+            (f"lanes{suffix}", _lanes(part.plan)),
+            *([(f"entries of one lane{suffix}", tuple(f"{n} = {_readable(e)}" for n, e in shown[:SHOWN]) + _more(shown))] if shown else []),
+            (f"strategy{suffix}", _strategy(part)),
+            (f"kernels{suffix}", _kernels(part)),
+            *([(f"GPU kernel{suffix}", told)] if (told := _gpu(part)) else []),
+        ]
+    notes = dict.fromkeys(note for p in (plan, *(part.plan for _, part in engine.parts)) for note in p.notes)
+    sections += [("notes", tuple(notes))] if notes else []
     return Explanation(rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), engine.stats)
+
+
+def _stages(plan: Plan) -> tuple[str, ...]:
+    """Which leaves of the state are solved when."""
+    lines = []
+    for stage in plan.stages:
+        size = sum(plan.core.state_sizes[i] for i in stage.leaves)
+        what = "no recurrence of its own, torch operations" if stage.plan is None else "a recurrence"
+        after = f", given state {', '.join(map(str, stage.earlier))}" if stage.earlier else ""
+        lines.append(f"state {', '.join(map(str, stage.leaves))} ({size} number{'s' * (size != 1)}): {what}{after}")
+    return (*lines, _split(plan)[3])
 
 
 def _readable(e: sympy.Expr) -> str:
@@ -147,12 +163,33 @@ def _structure(plan: Plan) -> tuple[str, ...]:
     sizes = sorted((len(c) for c in s.components), reverse=True)
     lines = [f"{s.kind}: {filled} of {n * n} entries of ∂s'/∂s may be non-zero, the others are proved zero"]
     lines.append(f"{len(sizes)} group{'s' * (len(sizes) != 1)} of state numbers that never meet, the largest of {sizes[0] if sizes else 0}")
+    if len(plan.core.state_sizes) > 1:
+        names = [[_block(s.pattern[a, b]) for b in _spans(plan)] for a in _spans(plan)]
+        lines.append("by leaves: " + "; ".join(", ".join(row) for row in names))
     if any(len(c) > 1 for c in s.components) and len(s.order) > len(s.components):
         order = [len(g) for g in s.order]
         lines.append(f"strongly connected groups in the order they can be solved in: sizes {', '.join(map(str, order[:20]))}")
     if plan.frozen:
         lines.append(f"this rests on the present values of {', '.join(plan.frozen)}; another value compiles anew")
     return tuple(lines)
+
+
+def _spans(plan: Plan) -> list[slice]:
+    """Where each leaf's numbers lie in the flat state."""
+    ends = np.cumsum(plan.core.state_sizes)
+    return [slice(int(e - n), int(e)) for e, n in zip(ends, plan.core.state_sizes, strict=True)]
+
+
+def _block(pattern: np.ndarray) -> str:
+    """What the Jacobian of one leaf by another looks like."""
+    rows, columns = np.nonzero(pattern)
+    if not rows.size:
+        return "zero"
+    if pattern.all():
+        return "dense" if pattern.size > 1 else "diagonal"
+    if pattern.shape[0] == pattern.shape[1] and (rows == columns).all():
+        return "diagonal"
+    return "sparse"
 
 
 def _lanes(plan: Plan) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
     for role, nodes in (("x", inputs[:n_x]), ("state", inputs[n_x:])):
         for i, node in enumerate(nodes):
             node.meta.update(key=(role, i), kind=role)
-    _classify(graph)
+    classify(graph)
     return Graph(graph, inputs[:n_x], inputs[n_x:], outputs[:n_out], outputs[n_out:], first.attributes, batch, sizes)
 
 
@@ -119,7 +119,7 @@ def _baked(node: fx.Node, a: Any, b: Any, sizes: tuple[int, int]) -> TraceError:
 _RANK = {"const": 0, "param": 1, "x": 2, "state": 3}
 
 
-def _classify(graph: fx.Graph) -> None:
+def classify(graph: fx.Graph) -> None:
     """What each node depends on, the strongest dependence first: state, x, parameters, nothing."""
     for node in graph.nodes:
         if "kind" not in node.meta:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,19 @@ from seqparc.ir import Program
 class StateShape:
     shape: tuple[int, ...]  # of one sample
     dtype: torch.dtype
+
+
+class Stage(NamedTuple):
+    """Some of the state's leaves, solved when the earlier ones are known: x is followed by each of those before and after every step.
+
+    `plan` runs them, or, where they are no recurrence of their own, `piece`, which torch runs; `uses`: the inputs that either reads.
+    """
+
+    leaves: tuple[int, ...]
+    earlier: tuple[int, ...]
+    plan: Plan | None
+    piece: Any
+    uses: frozenset[int]
 
 
 @dataclass
@@ -37,11 +50,12 @@ class Plan:
     structure: Any  # seqparc.passes.dependency.Structure
     attributes: dict[str, Callable[[], torch.Tensor]]  # tensors the cell was found to use, looked up anew at every call
     frozen: dict[str, torch.Tensor]  # attributes whose values the structure relies on
-    draws: tuple[Draw, ...]  # random numbers of every step, further leaves of x
     coarse: bool  # some of the cell is computed in 16 bits, by its dtypes or by autocast
-    own_gradient: tuple[str, ...]  # where the cell cuts or replaces its own gradient, in words
     adjoint: Callable[[], Any]
     jacobian: Callable[[str, str], Program]  # (direction, update) -> the program that carries that update's matrices too
+    draws: tuple[Draw, ...] = ()  # random numbers of every step, further leaves of x
+    own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words
+    stages: tuple[Stage, ...] = ()  # in whose order it runs, if in more than one; then only the readout is its own
     notes: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -105,3 +119,14 @@ class Stats:
     reasons: tuple[str, ...] = ()
     compile_seconds: float = 0.0
     backward: Stats | None = None
+
+
+def combined(told: Sequence[Stats]) -> Stats:
+    """What several stages did, as one: the figures of the one that was hardest, the worst gap, everybody's time."""
+    hardest = max(told, key=lambda s: (s.fallback is not None, s.passes, s.chunks))
+    backward = [s.backward for s in told if s.backward is not None]
+    return replace(
+        hardest, backend="+".join(dict.fromkeys(s.backend for s in told)), gap=max(s.gap for s in told),
+        converged=all(s.converged for s in told), compile_seconds=sum(s.compile_seconds for s in told),
+        backward=combined(backward) if backward else None,
+    )  # fmt: skip

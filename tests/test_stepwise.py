@@ -62,9 +62,10 @@ for name in sys.argv[1:]:
                 gaps += rnn.stats.gaps[:1]
                 passes.append((rnn.stats.passes, rnn.stats.backward.passes))
                 if backend == "triton":
-                    kinds = {type(k) for _, k in rnn.engine().kernels.values()}
+                    kernels = [k for _, part in rnn.engine().parts for _, k in part.kernels.values()]
+                    kinds = {type(k) for k in kernels}
                     assert kinds == {stepwise.StepKernel}, kinds
-                    given = {d for _, k in rnn.engine().kernels.values() for run_part in k._run for key in run_part.made for d in key[0]}
+                    given = {d for k in kernels for run_part in k._run for key in run_part.made for d in key[0]}
                     assert dtype in given  # of what is read, also where it has 16 bits
             assert all(abs(p - q) <= 1 for p, q in zip(*passes, strict=True)), (name, dtype, options, passes)
             if gaps and gaps[0] > 1e-6 and dtype == torch.float64:  # what the warm-up leaves is the same

@@ -278,7 +278,7 @@ for name in ("elementwise GRU", "minGRU", "RNN tanh"):
             results[backend] = [y, last, *torch.autograd.grad(y.sum() + last.sum(), [x, *cell.parameters()])]
             assert all(t.dtype == dtype for t in results[backend]) and rnn.stats.backend == backend
             if backend == "triton":  # that is what the kernels were given, and not a copy in float32
-                for _, kernel in rnn.engine().kernels.values():
+                for kernel in [k for _, part in rnn.engine().parts for _, k in part.kernels.values()]:
                     assert any(dtype in key[0] for key in kernel._run.made), (name, list(kernel._run.made))
         for mine, right in zip(*results.values(), strict=True):
             eps = torch.finfo(dtype).eps

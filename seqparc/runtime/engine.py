@@ -21,7 +21,7 @@ from torch import Tensor
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
-from seqparc.plan import Choice, Plan, Stats
+from seqparc.plan import Choice, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
@@ -76,7 +76,14 @@ class Engine:
         self._indices: dict[Any, Tensor] = {}
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
         self.compile_seconds = plan.compile_seconds
+        self.stages = [None if s.plan is None else Engine(s.plan, backends, options, choose) for s in plan.stages]
         ENGINES.add(self)
+
+    @property
+    def parts(self) -> list[tuple[str, Engine]]:
+        """The engines that do the work, each with what its kernels' names end in."""
+        inner = [e for e in self.stages if e is not None]
+        return [(f" {k}" if k > 1 else "", e) for k, e in enumerate(inner, 1)] if self.stages else [("", self)]
 
     def kernel(self, direction: str, program: Program, device: torch.device) -> tuple[str, Kernel]:
         """The kernel of a program on the first backend that takes it; said once if that is not the first."""
@@ -210,6 +217,10 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """What the last call did, in words made only when asked for."""
+        if self.stages:
+            told = [e.stats for _, e in self.parts if e.last]
+            whole = combined(told) if told else Stats()
+            return replace(whole, compile_seconds=whole.compile_seconds + self.compile_seconds, backward=self.own or whole.backward)
         forward, backward = (self._told(direction) for direction in ("forward", "backward"))
         return Stats() if forward is None else replace(forward, backward=self.own or backward)
 

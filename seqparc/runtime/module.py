@@ -196,11 +196,12 @@ class CompiledRNN(nn.Module):
         return self._last if isinstance(self._last, Engine) else self._last.fallback
 
     def kernels(self) -> dict[tuple[str, str], str]:
-        """{(backend, direction): source} of every kernel made so far."""
+        """{(backend, direction): source} of every kernel made so far; of states solved in stages "forward", "forward 2" and so on."""
         found = {}
         for engine in self._engines.values():
             if isinstance(engine, Engine):
-                found.update({(backend, direction): kernel.source for direction, (backend, kernel) in engine.kernels.items()})
+                for suffix, part in engine.parts:
+                    found.update({(by, direction + suffix): kernel.source for direction, (by, kernel) in part.kernels.items()})
         return found
 
     def source(self, backend: str, direction: str = "forward") -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqparc.draws import drawn
-from seqparc.plan import StateShape
+from seqparc.plan import Plan, StateShape
 from seqparc.runtime.differentiable import Solve, parts, uncast, unit
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.operator import number, solve
@@ -48,6 +49,9 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
                 values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
         return values[key]
 
+    if plan.stages:
+        states, last = staged(engine, x, start, value, traced)
+        return Run(states, _read(plan, values, value, states, start, batch, steps), last)
     weights = plan.weights.run(*map(value, plan.weights.inputs))
     if all(d is not None for d in plan.direct):
         streams = [x[d] if x[d].dim() == 3 else x[d].reshape(batch, steps, -1) for d in plan.direct if d is not None]
@@ -71,9 +75,16 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
         flat_last = parts(end, flat)
     states = [_shaped(y, s, batch, steps) for y, s in zip(flat_states, plan.states, strict=True)]
     last = [_shaped(e, s, batch) for e, s in zip(flat_last, plan.states, strict=True)]
-    if plan.readout is None:
-        return Run(states, states, last)
     values |= {("param", i): w for i, w in enumerate(weights)}
+    return Run(states, _read(plan, values, value, states, start, batch, steps), last)
+
+
+def _read(
+    plan: Plan, values: dict[Any, Any], value: Callable[[Any], Any], states: list[Tensor], start: list[Tensor], batch: int, steps: int
+) -> list[Tensor]:
+    """The outputs [batch, time, ...], made from the states."""
+    if plan.readout is None:
+        return states
     for i, (y, s) in enumerate(zip(states, start, strict=True)):
         values["next", i] = y.flatten(0, 1)
         if ("complex", i) in plan.readout.inputs:
@@ -84,7 +95,33 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
         if key[0] == "stream" and key not in values:
             values[key] = value(("x", plan.direct[key[1]]))
     outputs = plan.readout.run(*map(value, plan.readout.inputs))
-    return Run(states, [o.reshape(batch, steps, *o.shape[1:]) for o in outputs], last)
+    return [o.reshape(batch, steps, *o.shape[1:]) for o in outputs]
+
+
+def staged(
+    engine: Engine, x: list[Tensor], start: list[Tensor], value: Callable[[Any], Any], traced: dict[int, Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """States [batch, time, ...] and last states [batch, ...], stage by stage."""
+    batch, steps = x[0].shape[:2]
+    engine.own = None
+    states: dict[int, Tensor] = {}
+    last: dict[int, Tensor] = {}
+    for stage, inner in zip(engine.plan.stages, engine.stages, strict=True):
+        given = list(x)
+        for j in stage.earlier:
+            given += [before(start[j], states[j]) if len(given) in stage.uses else states[j], states[j]]
+        if inner is not None:
+            done = run(inner, given, [start[i] for i in stage.leaves], traced)
+            found, ends = done.states, done.last
+        else:
+            flat = {("x", i): given[i].flatten(0, 1) for i in stage.uses}
+            made = stage.piece.run(*(flat[key] if key in flat else value(key) for key in stage.piece.inputs))
+            shapes = [(engine.plan.states[i].shape, engine.plan.states[i].dtype) for i in stage.leaves]
+            found = [m.to(d).expand(batch * steps, *s).reshape(batch, steps, *s) for m, (s, d) in zip(made, shapes, strict=True)]
+            ends = [m[:, -1] for m in found]
+        states |= dict(zip(stage.leaves, found, strict=True))
+        last |= dict(zip(stage.leaves, ends, strict=True))
+    return [states[i] for i in range(len(start))], [last[i] for i in range(len(start))]
 
 
 def before(start: Tensor, states: Tensor) -> Tensor:
