@@ -47,7 +47,7 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     shapes = [StateShape(tuple(s.shape[1:]), s.dtype) for s in state]
     getters = {name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()}
     plan = assemble(graph, shapes, getters, fold)
-    plan.own_gradient, plan.draws = first.own_gradient, draws
+    plan.own_gradient, plan.draws, plan.inputs = first.own_gradient, draws, len(x)
     if not plan.scalar:
         plan.stages = staged(graph, plan, fold)
         if plan.stages:
@@ -163,8 +163,6 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
                 "change the output of the one before. Write h = h + u instead of h += u, or clone first."
             )
     own = () if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
-    if own and made.draws:
-        raise UnsupportedOpError(f"{made.draws[0].source}: random numbers in a cell that has a gradient of its own ({own[0]})")
     return Traced(**vars(made), getters={name: get for name, get, _ in found}, own_gradient=own)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.ir import Source
 
@@ -64,6 +65,28 @@ def draw_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any], source: 
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         return Draw(function, tuple(args[0]), dtype, False, tuple(args[1:]), plain, home, source)
     return None
+
+
+class Replay(TorchDispatchMode):
+    """Operations that draw give these numbers instead, in this order."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.given = iter(given)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in the recorder: dynamo is not to be imported
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags or draw_of(func, args, kwargs or {}, None) is None:
+            return func(*args, **(kwargs or {}))
+        value = next(self.given)
+        if func._schema.is_mutable:
+            return args[0].copy_(value)
+        if str(func) == "aten.native_dropout.default":
+            return args[0] * value * (1 / (1 - args[1]) if args[1] < 1 else 0.0), value
+        return value
 
 
 def seed(device: torch.device) -> None:

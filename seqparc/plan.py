@@ -53,6 +53,7 @@ class Plan:
     coarse: bool  # some of the cell is computed in 16 bits, by its dtypes or by autocast
     adjoint: Callable[[], Any]
     jacobian: Callable[[str, str], Program]  # (direction, update) -> the program that carries that update's matrices too
+    inputs: int = 0  # leaves of x, before the draws
     draws: tuple[Draw, ...] = ()  # random numbers of every step, further leaves of x
     own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words
     stages: tuple[Stage, ...] = ()  # in whose order it runs, if in more than one; then only the readout is its own

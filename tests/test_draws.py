@@ -182,3 +182,33 @@ def test_draws_that_all_samples_share_run_as_the_loop() -> None:
     with pytest.warns(seqparc.SeqparcWarning, match=r"test_draws.py:\d+: random numbers of shape \[3\], whose first axis is not the batch"):
         rnn(torch.zeros(2, 5, 3))
     assert rnn.stats.backend == "eager"
+
+
+def test_a_gradient_of_its_own_sees_the_same_numbers() -> None:
+    class Noisy(nn.Module):
+        """Neurons that fire by chance, with dropout in front, and another kind of draw in place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop = nn.Linear(7, 4), nn.Dropout(0.3)
+
+        def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            drive = self.linear(self.drop(torch.cat([x, v], 1)))
+            p = torch.sigmoid(drive)
+            spike = (torch.rand_like(p) < p).to(p.dtype)
+            spike = p + (spike - p).detach()
+            keep = torch.empty_like(v).bernoulli_(0.8)
+            return spike, 0.7 * v * keep + drive * (1 - spike.detach())
+
+    cell = Noisy().double()
+    rnn = seqparc.compile(cell)
+    x, v = torch.randn(3, 41, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    found = []
+    for run in (rnn, rnn.sequential):
+        u, start = x.clone().requires_grad_(), v.clone().requires_grad_()
+        torch.manual_seed(5)
+        y, last = run(u, start)
+        found.append([y, last, *torch.autograd.grad((y * y.detach().cumsum(1)).sum() + last.sum(), [u, start, *cell.parameters()])])
+    assert rnn.engine().plan.own_gradient and rnn.stats.backend == rnn.stats.backward.backend == "c"
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).detach().abs().max()) < 1e-10 * float(1 + b.detach().abs().max())

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from seqparc import signature as sig
+from seqparc.draws import drawn
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
 from seqparc.held import Watch, untouched
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
+from seqparc.runtime.derived import Derived, Paired, Redrawn, as_real
 from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import OwnGradientCall
-from seqparc.runtime.paired import Paired, as_real
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
 
@@ -306,7 +307,7 @@ class CompiledRNN(nn.Module):
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
-                if cell is self.cell or isinstance(cell, (variant.Variant, Paired)):
+                if cell is self.cell or isinstance(cell, Derived):
                     message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
             if isinstance(engine, Engine):
@@ -330,6 +331,10 @@ class CompiledRNN(nn.Module):
         if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *captured))):
             done = run(engine, x, start)
             return done.outputs, done.last
+
+        if draws := engine.plan.draws:  # the same numbers forward and backward
+            cell = Redrawn(cell, convention, len(x), len(draws))
+            x, convention = [*x, *drawn(draws, x[0].shape[0], x[0].shape[1], x[0].device)], cell.signature
 
         def adjoint(given: list[Tensor], mu: list[Tensor]) -> Engine:
             step = TOOLS["adjoint_step"](cell, convention, len(x), [s.dtype.is_floating_point for s in start])

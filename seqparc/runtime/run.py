@@ -36,7 +36,7 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
             return run(engine, x, start, traced)
     plan = engine.plan
     batch, steps = x[0].shape[:2]
-    if plan.draws:
+    if plan.draws and len(x) == plan.inputs:
         x = [*x, *drawn(plan.draws, batch, steps, x[0].device)]
     values: dict[Any, Any] = {("batch",): batch * steps}
 

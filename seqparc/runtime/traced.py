@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from seqparc import signature as sig
 from seqparc.errors import SeqparcError, ShapeError
+from seqparc.runtime.derived import Paired, as_real
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.module import MODULES, CompiledRNN, paired
-from seqparc.runtime.paired import Paired, as_real
 from seqparc.runtime.run import run
 
 

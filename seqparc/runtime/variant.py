@@ -11,34 +11,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqparc.convention import Convention
 from seqparc.errors import ShapeError
-from seqparc.tree import LEAF, Structure
+from seqparc.runtime.derived import Derived
 
 
-class Variant(nn.Module):
+class Variant(Derived):
     """A cell that gives its states out beside its outputs, and with `resets` is told where to begin anew and from what.
 
     ((x leaves, reset, initial state leaves), (state leaves)) -> ((output leaves, state leaves), (state leaves)).
     """
 
     def __init__(self, cell: Any, convention: Convention, n_x: int, resets: bool) -> None:
-        super().__init__()
-        self.cell, self.convention, self.n_x, self.resets = cell, convention, n_x, resets
-        self.n_out = 0 if convention.out is None else convention.out.count
-
-    @property
-    def signature(self) -> Convention:
-        """How this is called."""
-        n = self.convention.state.count
-
-        def leaves(count: int) -> Structure:
-            return Structure("tuple", children=(LEAF,) * count)
-
-        given = leaves(self.n_x + (1 + n if self.resets else 0))
-        return Convention(("x", "state"), leaves(n), given, "out, state", leaves(self.n_out + n))
+        super().__init__(cell, convention, n_x)
+        self.resets, self.more_out = resets, convention.state.count
+        self.more_in = 1 + convention.state.count if resets else 0
 
     def forward(self, given: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         x, now = given[: self.n_x], list(state)
