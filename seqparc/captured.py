@@ -1,4 +1,4 @@
-"""Tensors a cell can reach: parameters, buffers, plain attributes, variables it closes over; by name, looked up anew when asked.
+"""What a cell can reach: parameters, buffers, plain attributes, variables it closes over; by name, looked up anew when asked.
 
 A compiled cell reads them at every call as the plain loop would: a parameter that was replaced, or a variable that was bound
 to another tensor, counts from then on.
@@ -19,15 +19,26 @@ Getter = Callable[[], Any]
 
 def reachable(cell: Any) -> Iterator[tuple[str, Getter, Tensor]]:
     """(name, how to look it up, the tensor now) of every tensor found in a cell, once each; names are unique."""
-    seen: set[int] = set()
     names: set[str] = set()
-    for root, getter in _roots(cell):
-        for found, get, tensor in _inside(root, getter, seen, 0):
+    for found, get, tensor in _everything(cell):
+        if isinstance(tensor, Tensor):
             name = found
             while name in names:
                 name += "_"
             names.add(name)
             yield name, get, tensor
+
+
+def parts(cell: Any) -> list[nn.Module]:
+    """Every module a cell is, has inside, is a method of, holds or closes over."""
+    return [found for _, _, found in _everything(cell) if isinstance(found, nn.Module)]
+
+
+def _everything(cell: Any) -> Iterator[tuple[str, Getter, Any]]:
+    """Tensors and modules, once each; names need not be unique."""
+    seen: set[int] = set()
+    for root, getter in _roots(cell):
+        yield from _inside(root, getter, seen, 0)
 
 
 def _roots(cell: Any) -> Iterator[tuple[str, Getter]]:
@@ -57,7 +68,7 @@ def _roots(cell: Any) -> Iterator[tuple[str, Getter]]:
             yield from _roots(call)
 
 
-def _inside(name: str, get: Getter, seen: set[int], depth: int) -> Iterator[tuple[str, Getter, Tensor]]:
+def _inside(name: str, get: Getter, seen: set[int], depth: int) -> Iterator[tuple[str, Getter, Any]]:
     try:
         value = get()
     except (KeyError, ValueError, AttributeError, IndexError):  # an empty closure cell, say
@@ -73,6 +84,7 @@ def _inside(name: str, get: Getter, seen: set[int], depth: int) -> Iterator[tupl
     parts: list[tuple[str, Getter]]
     if isinstance(value, nn.Module):
         seen.add(id(value))
+        yield name, get, value
         own = [*value._parameters, *value._buffers, *(k for k in vars(value) if not k.startswith("_")), *value._modules]
         parts = [(prefix + k, functools.partial(lambda g, k: getattr(g(), k), get, k)) for k in own]
         depth -= 1  # modules may nest as deep as they like

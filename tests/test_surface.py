@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -86,6 +88,55 @@ def test_the_parameters_stay_the_users() -> None:
     after = rnn(x)[0]
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, rnn.sequential(x)[0])
+
+
+class Stepped(nn.Module):
+    """A cell whose step is not its forward; it has dropout, and a plain number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.dropout, self.gain = nn.Parameter(torch.rand(6)), nn.Dropout(0.5), 0.5
+
+    def step(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.w * h + self.gain * self.dropout(x))
+
+
+def test_a_method_brings_its_modules_parameters() -> None:
+    cell = Stepped()
+    rnn = seqparc.compile(cell.step, state=torch.zeros(6))
+    assert rnn.cell == cell.step
+    assert list(rnn.state_dict()) == ["cell.w"] and next(rnn.parameters()) is cell.w
+    x = sequence(2, 40, 6)
+    y = rnn.eval()(x)[0]
+    assert not cell.dropout.training
+    for twin in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+        assert torch.equal(twin(x)[0], y)
+        with torch.no_grad():
+            next(twin.parameters()).zero_()
+        torch.testing.assert_close(twin(x)[0], twin.sequential(x)[0])
+        assert torch.equal(rnn(x)[0], y)
+
+
+@pytest.mark.parametrize("how", ["method", "function", "partial"])
+def test_modes_and_numbers_of_modules_that_a_function_uses_count(how: str) -> None:
+    module = Stepped()
+
+    def through(x: Tensor, h: Tensor) -> Tensor:
+        return module.step(x, h)
+
+    def given(x: Tensor, h: Tensor, m: Stepped) -> Tensor:
+        return m.step(x, h)
+
+    cell = {"method": module.step, "function": through, "partial": functools.partial(given, m=module)}[how]
+    rnn = seqparc.compile(cell, state=torch.zeros(6))
+    x, seen = sequence(2, 40, 6), []
+    for change in (lambda: None, module.eval, lambda: setattr(module, "gain", 2.0), module.train):
+        change()
+        torch.manual_seed(1)
+        seen.append(rnn(x)[0])
+        torch.manual_seed(1)
+        torch.testing.assert_close(seen[-1], rnn.sequential(x)[0])
+    assert all((a - b).abs().max() > 0.1 for a, b in itertools.pairwise(seen))
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import warnings
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seqparc import signature as sig
+from seqparc.captured import parts
 from seqparc.draws import drawn
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
 from seqparc.held import Watch, untouched
@@ -75,6 +77,8 @@ class CompiledRNN(nn.Module):
     def __init__(self, cell: Any, *, state: Any, signature: str | None, options: Options, name: str | None) -> None:
         super().__init__()
         self.cell = cell
+        if inspect.ismethod(cell) and isinstance(cell.__self__, nn.Module):
+            self._modules["cell"] = cell.__self__  # a method's parameters are its module's
         self.options = options
         self.name: str = name or sig.called(cell)
         self._given, self._signature = state, signature
@@ -83,7 +87,7 @@ class CompiledRNN(nn.Module):
     def _forget(self) -> None:
         """Drop everything that is remade at the next call."""
         self._understood: dict[Any, Known] = {}
-        self._parts: tuple[nn.Module, ...] = ()  # of the cell, each of which may be training or not
+        self._parts: tuple[nn.Module, ...] = ()  # that the cell uses, each of which may be training or not
         self._first: tuple[Tensor, ...] = ()  # the first parameter, which stands for where the cell is and its dtype
         self._engines: dict[Any, Engine | str] = {}
         self._last: Engine | Stats = Stats()
@@ -272,7 +276,8 @@ class CompiledRNN(nn.Module):
         known = self._understood.get(about)
         convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known.convention
         keep = fixed and not any(t.requires_grad for t in start)
-        self._first, self._parts = tuple(itertools.islice(self.parameters(), 1)), tuple(self.modules())
+        self._first = tuple(itertools.islice(self.parameters(), 1))
+        self._parts = tuple(dict.fromkeys((*self.modules(), *parts(self.cell))))
         about = (*about[:-1], (self._first[0].dtype, self._first[0].device) if self._first else None)
         watch = Watch(self.cell) if convention.held and keep else None
         self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start), watch)
