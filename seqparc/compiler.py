@@ -23,7 +23,7 @@ from seqparc.graphs import Graph, Key, carve, unify
 from seqparc.ir import Program
 from seqparc.lower import Lowered, Lowering
 from seqparc.options import environment
-from seqparc.owngrad import Vjp, own_gradient
+from seqparc.owngrad import Own, Vjp, own_gradient
 from seqparc.plan import Plan, Stage, StateShape
 from seqparc.record import Trace, record
 from seqparc.runtime.interpreter import TorchKernel
@@ -47,7 +47,7 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     shapes = [StateShape(tuple(s.shape[1:]), s.dtype) for s in state]
     getters = {name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()}
     plan = assemble(graph, shapes, getters, fold)
-    plan.own_gradient, plan.draws, plan.inputs = first.own_gradient, draws, len(x)
+    plan.own_gradient, plan.cut, plan.draws, plan.inputs = first.own.where, first.own.cut, draws, len(x)
     if not plan.scalar:
         plan.stages = staged(graph, plan, fold)
         if plan.stages:
@@ -135,7 +135,7 @@ class Traced(Trace):
     """A recording, with how to look its attributes up again, and where the cell cuts or replaces its gradient."""
 
     getters: dict[str, Getter] = field(default_factory=dict)
-    own_gradient: tuple[str, ...] = ()
+    own: Own = field(default_factory=Own)
 
 
 def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], batch: int) -> Traced:
@@ -162,8 +162,8 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
                 f"{where or 'the cell'} changes the state in place and the cell gives the state out too, so that in a loop each step would "
                 "change the output of the one before. Write h = h + u instead of h += u, or clone first."
             )
-    own = () if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
-    return Traced(**vars(made), getters={name: get for name, get, _ in found}, own_gradient=own)
+    own = Own() if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
+    return Traced(**vars(made), getters={name: get for name, get, _ in found}, own=own)
 
 
 def alike(first: Sequence[Draw], second: Sequence[Draw]) -> tuple[Draw, ...]:

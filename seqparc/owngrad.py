@@ -12,13 +12,14 @@ the program: a surrogate gradient says nothing about where a perturbed state goe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from seqparc.captured import reachable
 from seqparc.convention import Convention
 from seqparc.record import user_source
 from seqparc.tree import LEAF, Structure
@@ -45,8 +46,15 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[str, ...]:
-    """Where a cell cuts or replaces gradients, in words; nothing if its derivative is that of what it computes."""
+class Own(NamedTuple):
+    """Where a cell cuts or replaces gradients, in words, and which of its results, outputs and next states, no gradient leaves at all."""
+
+    where: tuple[str, ...] = ()
+    cut: tuple[bool, ...] = ()
+
+
+def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor]) -> Own:
+    """What is a cell's own about its gradient; nowhere if its derivative is that of what it computes."""
 
     def given(t: Tensor) -> Tensor:
         """As in the middle of a loop: not a leaf, which autograd would not let a cell change in place."""
@@ -55,8 +63,9 @@ def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     watch = _Watch()
     with torch.enable_grad(), watch:
         out, following = convention.call(cell, [given(t) for t in x], [given(t) for t in state])
-    todo = [t.grad_fn for t in (*(out or ()), *following)]
-    if any(t.is_inference() for t in (*(out or ()), *following)):
+    results = (*(out or ()), *following)
+    todo = [t.grad_fn for t in results]
+    if any(t.is_inference() for t in results):
         watch.found.append("inference_mode")
     done: set[Any] = set()
     while todo:
@@ -66,7 +75,9 @@ def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
             if isinstance(node, BackwardCFunction):
                 watch.found.append(f"the autograd function {type(node).__name__.removesuffix('Backward')}")
             todo += [following for following, _ in node.next_functions]
-    return tuple(dict.fromkeys(watch.found))
+    # A parameter that is frozen now may be learnt later, and then a result that depends on nothing else has a gradient.
+    certain = all(t.requires_grad for _, _, t in reachable(cell) if isinstance(t, nn.Parameter))
+    return Own(tuple(dict.fromkeys(watch.found)), tuple(certain and not t.requires_grad for t in results))
 
 
 class Vjp:

@@ -56,6 +56,7 @@ class Plan:
     inputs: int = 0  # leaves of x, before the draws
     draws: tuple[Draw, ...] = ()  # random numbers of every step, further leaves of x
     own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words
+    cut: tuple[bool, ...] = ()  # output leaves (or none) and next state leaves that no gradient leaves, where it does
     stages: tuple[Stage, ...] = ()  # in whose order it runs, if in more than one; then only the readout is its own
     notes: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0

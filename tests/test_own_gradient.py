@@ -155,7 +155,7 @@ def test_what_is_found_names_the_line() -> None:
     convention = Convention(("x", "state"), LEAF, LEAF)
     x, h = torch.randn(3, 3), torch.randn(3, 4)
     for make, word in ((Detached, "detach at"), (NoGrad, "no_grad at"), (Surrogate, "autograd function Rough"), (Straight, "detach at")):
-        found = own_gradient(make(), convention, [x], [h])
+        found = own_gradient(make(), convention, [x], [h]).where
         assert any(word in f for f in found), found
         assert all("test_own_gradient.py" in f for f in found if " at " in f)
 
@@ -163,5 +163,38 @@ def test_what_is_found_names_the_line() -> None:
 def test_ordinary_cells_carry_none() -> None:
     convention = Convention(("x", "state"), LEAF, LEAF)
     for cell in (nn.GRUCell(3, 4), nn.RNNCell(3, 4)):
-        assert own_gradient(cell, convention, [torch.randn(3, 3)], [torch.randn(3, 4)]) == ()
-    assert own_gradient(lambda x, h: torch.tanh(h + x.detach()), convention, [torch.randn(3, 4)], [torch.randn(3, 4)]) != ()
+        assert own_gradient(cell, convention, [torch.randn(3, 3)], [torch.randn(3, 4)]).where == ()
+    assert own_gradient(lambda x, h: torch.tanh(h + x.detach()), convention, [torch.randn(3, 4)], [torch.randn(3, 4)]).where != ()
+
+
+class Frozen(Base):
+    """A step without gradients, and a state of which the output shows a part that has one."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            after = torch.tanh(self.a * h + x @ self.u.t())
+        return (after if self.whole else after * self.a), after
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_results_without_a_gradient_have_none_here_either(whole: bool) -> None:
+    rnn = seqparc.compile(Frozen(whole))
+    x = torch.randn(2, 9, 3, requires_grad=True)
+    for run in (rnn, rnn.sequential):
+        y, last = run(x)
+        assert (y.requires_grad, last.requires_grad) == (not whole, False)
+
+
+def test_a_parameter_that_is_frozen_when_the_cell_is_compiled_may_be_learnt_later() -> None:
+    cell = Frozen(False)
+    cell.requires_grad_(False)
+    rnn = seqparc.compile(cell)
+    x = torch.randn(2, 9, 3, requires_grad=True)
+    rnn(x)
+    cell.a.requires_grad_()
+    for run in (rnn, rnn.sequential):
+        assert torch.autograd.grad(run(x)[0].sum(), cell.a)[0].abs().max() > 0

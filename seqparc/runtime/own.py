@@ -40,9 +40,11 @@ class OwnGradient(torch.autograd.Function):
         done: Run = run(call.engine, x, start)
         ctx.call, ctx.counts = call, (n_x, n_s)
         ctx.save_for_backward(*tensors, *done.states)
-        ctx.mark_non_differentiable(*(t for t in (*done.outputs, *done.last) if not t.dtype.is_floating_point))
         # Outputs that are the states themselves must not be returned as the tensors saved above.
-        return (*(t.view_as(t) for t in done.outputs), *done.last)
+        results = (*(t.view_as(t) for t in done.outputs), *done.last)
+        cut = call.engine.plan.cut if call.convention.out is not None else call.engine.plan.cut * 2
+        ctx.mark_non_differentiable(*(t for t, c in zip(results, cut, strict=True) if c))
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
