@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: test demo lint bench nightly oldest clean
+.PHONY: test demo lint bench nightly oldest zoo clean
 
 test: .venv/stamp
 	$(PY) -m pytest -n auto --dist worksteal
@@ -28,6 +28,14 @@ oldest: .venv/oldest
 
 .venv/oldest: .venv/stamp
 	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0 "numpy<2.4"  # whose interpreter knows no later numpy
+
+# Public packages whose cells the tests compile; without them those tests are skipped. Pages of it: `python -m tests.zoo`.
+zoo: .venv/zoo/stamp
+
+.venv/zoo/stamp: tests/zoo/requirements.txt | .venv/stamp
+	rm -rf .venv/zoo
+	$(PY) -m pip install --quiet --no-deps --target .venv/zoo --requirement $<
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info
