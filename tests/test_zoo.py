@@ -1,6 +1,6 @@
 """Public cells, unmodified: each compiles and agrees with its plain loop, values and all gradients, or says why it cannot.
 
-The kernels are compiled without optimisation here, which takes a fifth of the time; `python -m tests.zoo` compares optimised ones.
+The kernels are compiled without optimisation here, which takes half of the time; `python -m tests.zoo` compares optimised ones.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_a_cell_that_a_package_does_not_give(row: Row) -> None:
 def test_how_much_of_the_zoo_compiles() -> None:
     assert len(ROWS) == 120 and len(RUN) >= 115
     assert max(map(adapter_lines, ROWS.values())) <= 3
-    assert sum(row.call is None for row in RUN) >= 96  # called as they are
+    assert sum(row.call is None for row in RUN) >= 106  # called as they are
 
 
 def test_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

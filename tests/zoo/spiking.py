@@ -21,13 +21,12 @@ def loud(x: Tensor) -> Tensor:
     return 10 * x
 
 
+def on_itself(*names: str) -> Any:
+    """The state of a cell that keeps it on itself: {attribute: tensor}."""
+    return lambda *tensors: dict(zip(names, tensors, strict=True))
+
+
 # -- snntorch --------------------------------------------------------------------------------------------------------
-
-
-def hidden_mem(m: Any, x: Tensor, mem: Tensor) -> Any:
-    m.mem = mem
-    return m(x), m.mem
-
 
 SNNTORCH = (
     Snn("Leaky", lambda: snntorch.Leaky(beta=0.9), (H,), (H,), "diagonal"),
@@ -37,7 +36,7 @@ SNNTORCH = (
     Snn("Leaky, no reset", lambda: snntorch.Leaky(
         beta=0.9, reset_mechanism="none", spike_grad=surrogate.fast_sigmoid()
     ), (H,), (H,), "diagonal"),
-    Snn("Leaky, hidden state", lambda: snntorch.Leaky(beta=0.9, init_hidden=True), (H,), (H,), "diagonal", hidden_mem),
+    Snn("Leaky, hidden state", lambda: snntorch.Leaky(beta=0.9, init_hidden=True), (H,), (H,), "diagonal", pack=on_itself("mem")),
     Snn("Lapicque", lambda: snntorch.Lapicque(beta=0.9), (H,), (H,), "diagonal", given=loud),
     Snn("DeltaLeaky", lambda: Lazy("snntorch._neurons.deltaleaky").DeltaLeaky(beta=0.9), (H,), (H, H), "8 triangular blocks of 2"),
     Snn("Synaptic", lambda: snntorch.Synaptic(alpha=0.8, beta=0.9), (H,), (H, H), "8 triangular blocks of 2"),
@@ -89,30 +88,19 @@ NORSE = (
 
 # -- spikingjelly: neurons keep their state on themselves ---------------------------------------------------------------
 
-
-def neuron(m: Any, x: Tensor, v: Tensor) -> Any:
-    m.v = v
-    return m(x), m.v
-
-
-def neuron_of_pair(m: Any, x: Tensor, state: Any) -> Any:
-    m.v, m.w = state
-    return m(x), (m.v, m.w)
-
-
 SPIKINGJELLY = (
     Jelly("SpikingLSTMCell", lambda: jelly_rnn.SpikingLSTMCell(5, 8), (X,), (H, H), "dense"),
     Jelly("SpikingGRUCell", lambda: jelly_rnn.SpikingGRUCell(5, 8), (X,), (H,), "dense"),
     Jelly("SpikingVanillaRNNCell", lambda: jelly_rnn.SpikingVanillaRNNCell(5, 8), (X,), (H,), "dense"),
-    Jelly("IFNode", lambda: jelly.IFNode(), (H,), (H,), "diagonal", neuron),
-    Jelly("LIFNode", lambda: jelly.LIFNode(tau=2.0), (H,), (H,), "diagonal", neuron),
+    Jelly("IFNode", lambda: jelly.IFNode(), (H,), (H,), "diagonal", pack=on_itself("v")),
+    Jelly("LIFNode", lambda: jelly.LIFNode(tau=2.0), (H,), (H,), "diagonal", pack=on_itself("v")),
     Jelly("LIFNode, soft and detached reset", lambda: jelly.LIFNode(
         tau=2.0, v_reset=None, detach_reset=True
-    ), (H,), (H,), "diagonal", neuron),
-    Jelly("ParametricLIFNode", lambda: jelly.ParametricLIFNode(), (H,), (H,), "diagonal", neuron),
-    Jelly("QIFNode", lambda: jelly.QIFNode(), (H,), (H,), "diagonal", neuron),
-    Jelly("EIFNode", lambda: jelly.EIFNode(), (H,), (H,), "diagonal", neuron),
-    Jelly("IzhikevichNode", lambda: jelly.IzhikevichNode(), (H,), (H, H), "8 blocks of 2", neuron_of_pair),
+    ), (H,), (H,), "diagonal", pack=on_itself("v")),
+    Jelly("ParametricLIFNode", lambda: jelly.ParametricLIFNode(), (H,), (H,), "diagonal", pack=on_itself("v")),
+    Jelly("QIFNode", lambda: jelly.QIFNode(), (H,), (H,), "diagonal", pack=on_itself("v")),
+    Jelly("EIFNode", lambda: jelly.EIFNode(), (H,), (H,), "diagonal", pack=on_itself("v")),
+    Jelly("IzhikevichNode", lambda: jelly.IzhikevichNode(), (H,), (H, H), "8 blocks of 2", pack=on_itself("v", "w")),
 )  # fmt: skip
 
 ROWS = (*SNNTORCH, *NORSE, *SPIKINGJELLY)
