@@ -58,7 +58,7 @@ def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
 
     def given(t: Tensor) -> Tensor:
         """As in the middle of a loop: not a leaf, which autograd would not let a cell change in place."""
-        return t.detach().requires_grad_(t.dtype.is_floating_point).clone()
+        return t.detach().requires_grad_(t.is_floating_point() or t.is_complex()).clone()
 
     watch = _Watch()
     with torch.enable_grad(), watch:

@@ -78,7 +78,7 @@ def _gradients(
     call.engine.own = engine.stats
     arriving = [before(m, r).flip(1) for m, r in zip(mu, done.states, strict=True)]  # at the state after each step
 
-    flat_x = [t.flatten(0, 1).detach().requires_grad_(t.dtype.is_floating_point) for t in x]
+    flat_x = [t.flatten(0, 1).detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in x]
     flat_s = [t.flatten(0, 1).detach().requires_grad_(f) for t, f in zip(earlier, floating, strict=True)]
     with torch.enable_grad():
         out, following = call.convention.call(call.cell, flat_x, flat_s)
