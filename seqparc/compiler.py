@@ -120,7 +120,7 @@ def staged(graph: Graph, plan: Plan, fold: bool) -> tuple[Stage, ...]:
         else:
             piece = carve(part.next, {})
             made.append(Stage(leaves, earlier, None, piece, frozenset(key[1] for key in piece.inputs if key[0] == "x")))
-    return tuple(made)
+    return tuple(made) if any(s.plan is not None for s in made) else ()
 
 
 def checked(program: Program) -> Program:

@@ -192,3 +192,14 @@ def test_in_a_graph_of_torch_compile() -> None:
     expected = rnn(x, state)[0]
     got = torch.compile(lambda a: rnn(a, state)[0], fullgraph=True, backend="aot_eager")(x)
     assert rnn.engine().plan.stages and torch.allclose(got, expected, atol=1e-6)
+
+
+def test_states_that_do_not_recur_run_as_one_and_say_so() -> None:
+    def cell(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        a = torch.tanh(x)
+        return a, (a, a * x)
+
+    rnn = seqparc.compile(cell, state=(torch.zeros(N), torch.zeros(N)))
+    x = torch.randn(B, T, N)
+    torch.testing.assert_close(rnn(x), rnn.sequential(x))
+    assert rnn.stats.backend == "c" and rnn.stats.strategy
