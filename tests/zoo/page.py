@@ -101,7 +101,7 @@ def _figures(subject: Subject) -> Found:
         row,
         lanes=plan.program.lanes,
         numbers=plan.program.n,
-        structure=words(plan.structure),
+        structure=words(plan.structure) + (f" in {len(plan.stages)} stages" if plan.stages else ""),
         filled=float(plan.structure.pattern.mean()),
         kind=kind(plan),
         backend=rnn.stats.backend,
@@ -124,7 +124,7 @@ def _seconds(subject: Subject, run: Callable[[Any, Any], Any], both: bool) -> fl
     begin = time.perf_counter()
     with torch.set_grad_enabled(both):
         results = [t for t in flatten(run(x, state))[0] if t.requires_grad]
-        if results:
+        if both and results:
             wanted = [*flatten((x, state))[0], *(p for p in subject.rnn.parameters() if p.requires_grad)]
             torch.autograd.grad([t.sum() for t in results], [t for t in wanted if t.requires_grad], allow_unused=True)
     return time.perf_counter() - begin
@@ -156,7 +156,8 @@ def page(found: Sequence[Found], steps: int) -> str:
         *(f"- {f.row.title}: {' '.join(f.refused.split())}" for f in found if f.refused),
         "",
         "Lanes: independent recurrences in a sample, and the state numbers in each. Structure: of the state Jacobian as it is proved, with "
-        "the share of entries that are not proved to be zero. Kind: smooth; kinks; branches, where a comparison picks one of two formulas; "
+        "the share of entries that are not proved to be zero, and in how many stages it is solved if in several. "
+        "Kind: smooth; kinks; branches, where a comparison picks one of two formulas; "
         "steps, which jump; whether the cell cuts or replaces its gradient, and whether it draws random numbers. Compiling: seconds to "
         "both kernels with an empty cache. The last columns: times faster than the eager loop, and milliseconds of a call.",
         "",
