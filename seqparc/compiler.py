@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from seqparc.options import environment
 from seqparc.owngrad import Own, Vjp, own_gradient
 from seqparc.plan import Plan, Stage, StateShape
 from seqparc.record import Trace, record
+from seqparc.runtime import opaque
 from seqparc.runtime.interpreter import TorchKernel
 from seqparc.signature import Convention
 from seqparc.verify import verify
@@ -46,9 +47,16 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
     graph = unify(first, second, BATCH_SIZES, counts)  # -> Graph, for any batch size
     shapes = [StateShape(tuple(s.shape[1:]), s.dtype) for s in state]
     getters = {name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()}
-    plan = assemble(graph, shapes, getters, fold)
-    plan.own_gradient, plan.cut, plan.draws, plan.inputs = first.own.where, first.own.cut, draws, len(x)
-    if not plan.scalar:
+    try:
+        plan = assemble(graph, shapes, getters, fold)
+        plan.own_gradient = first.own.where
+    except UnsupportedOpError as error:
+        if draws:
+            raise
+        lower(graph, unknown=opaque.by_sample)  # raises where samples meet, or may
+        plan = opaque.plan_of(cell, convention, x, state, getters, str(error))
+    plan.cut, plan.draws, plan.inputs = first.own.cut, draws, len(x)
+    if not plan.scalar and plan.step is None:
         plan.stages = staged(graph, plan, fold)
         if plan.stages:
             plan.readout = readout(graph, [], [])
@@ -206,9 +214,9 @@ def _same(t: Tensor) -> Tensor:
     return t
 
 
-def lower(graph: Graph, fold: bool = False) -> Lowered:
+def lower(graph: Graph, fold: bool = False, unknown: Callable[[fx.Node], bool] | None = None) -> Lowered:
     """The core in the IR; lowered at both batch sizes, which must agree."""
-    first, second = Lowering(graph, 0, fold).run(), Lowering(graph, 1, fold).run()
+    first, second = (Lowering(graph, which, fold, unknown).run() for which in (0, 1))
     if first.program != second.program:
         raise TraceError(
             f"the cell computes something else at batch size {graph.batch_sizes[0]} than at {graph.batch_sizes[1]}: the batch size is "

@@ -38,12 +38,18 @@ class Lowered:
     dtype: torch.dtype
 
 
+#: Slots from here on stand for results of operations that are not known.
+UNSEEN = 1 << 20
+
+
 class Lowering(Layouts):
     """Lowers the core of a graph at one of its two batch sizes."""
 
-    def __init__(self, graph: Graph, which: int = 0, fold: bool = False) -> None:
+    def __init__(self, graph: Graph, which: int = 0, fold: bool = False, unknown: Callable[[fx.Node], bool] | None = None) -> None:
         super().__init__(graph.batch_sizes[which])
         self.graph, self.which, self.folding = graph, which, fold
+        self.unknown = unknown  # whether an operation that is not known treats each sample by itself: if so, any may stand for it
+        self.unseen = 0
         self.done: dict[fx.Node, Any] = {}
         self.streams: list[fx.Node] = []
         self.params: list[fx.Node] = []
@@ -195,6 +201,15 @@ class Lowering(Layouts):
         return self._operation(node)
 
     def _operation(self, node: fx.Node) -> Any:
+        """A node in the core; where its operation is not known, what may stand for it."""
+        try:
+            return self._known(node)
+        except UnsupportedOpError:
+            if self.unknown is None or self.part is not None or not self.unknown(node):
+                raise
+            return self._any(node)
+
+    def _known(self, node: fx.Node) -> Any:
         """A node in the core, by its operation."""
         if _is_part(node):
             return self.lower(node.args[0])[node.args[1]]
@@ -208,6 +223,18 @@ class Lowering(Layouts):
             )
         args, kwargs = node.meta["static"][self.which]
         return handler(self, node, *args, **kwargs)
+
+    def _any(self, node: fx.Node) -> Any:
+        """What stands for the result of an operation that is not known: numbers of which only the sample is."""
+        val = node.meta["val"]
+        made = [self._unseen(v) for v in (val if isinstance(val, (list, tuple)) else (val,))]
+        return made if isinstance(val, (list, tuple)) else made[0]
+
+    def _unseen(self, val: torch.Tensor) -> Laid | Pair:
+        if val.dtype.is_complex:
+            return Pair(self._unseen(val.real), self._unseen(val.imag))  # type: ignore[arg-type]
+        self.unseen += 1
+        return self._input(ir.leaf("stream", UNSEEN + self.unseen, np.arange(val[0].numel())[None]), val)
 
     def plain(self, node: fx.Node) -> Any:
         """An operation on real numbers, or on one part of complex ones."""

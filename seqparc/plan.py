@@ -57,6 +57,7 @@ class Plan:
     draws: tuple[Draw, ...] = ()  # random numbers of every step, further leaves of x
     own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words
     cut: tuple[bool, ...] = ()  # output leaves (or none) and next state leaves that no gradient leaves, where it does
+    step: Any = None  # of a cell that is called itself, in place of a program: see runtime.opaque
     stages: tuple[Stage, ...] = ()  # in whose order it runs, if in more than one; then only the readout is its own
     notes: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0

@@ -25,6 +25,7 @@ from seqparc.plan import Choice, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
+from seqparc.runtime.opaque import OpaqueKernel
 from seqparc.runtime.tuning import Tuner
 from seqparc.spans import cut_evenly
 
@@ -61,6 +62,8 @@ class Engine:
     """Kernels of one plan on one backend, made when first needed."""
 
     def __init__(self, plan: Plan, backends: Sequence[tuple[str, MakeKernel]], options: Options, choose: Callable[..., Any]) -> None:
+        if plan.step is not None:
+            backends, options = [("torch", functools.partial(OpaqueKernel, plan.step))], replace(options, update="none")
         self.plan, self.options, self.choose = plan, options, choose
         self.backends = list(backends)
         self.offered = tuple(name for name, _ in backends)

@@ -317,6 +317,10 @@ class CompiledRNN(nn.Module):
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
             if isinstance(engine, Engine):
                 engine.numbers = self._numbers()
+                if engine.plan.step is not None and (cell is self.cell or isinstance(cell, Derived)):
+                    why = engine.plan.own_gradient[0]
+                    message = f"{self.name} runs on the torch backend, by calls of the cell for all chunks at once. {why}"
+                    warnings.warn(message, SeqparcWarning, stacklevel=4)
             self._engines[key] = engine
         return engine
 
