@@ -172,3 +172,25 @@ def _order(outputs: Iterable[fx.Node], stops: dict[fx.Node, Key]) -> list[fx.Nod
                 stack.extend(node.all_input_nodes)
     graph = next(iter(needed)).graph if needed else fx.Graph()
     return [n for n in graph.nodes if n in needed]
+
+
+def real_part(t: torch.Tensor) -> torch.Tensor:
+    return t.resolve_conj().real
+
+
+def imaginary_part(t: torch.Tensor) -> torch.Tensor:
+    return t.resolve_conj().imag
+
+
+def apart(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Nodes for the two parts of a complex value from outside the core."""
+    if "apart" not in node.meta:
+        made = []
+        with node.graph.inserting_after(node):
+            for take in (imaginary_part, real_part):
+                part = node.graph.call_function(take, (node,))
+                static: Any = ((node,), {}), ((node,), {})
+                part.meta.update(val=take(node.meta["val"]), src=node.meta.get("src"), kind=node.meta["kind"], static=static)
+                made.append(part)
+        node.meta["apart"] = (made[1], made[0])
+    return node.meta["apart"]  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from torch import fx
 from seqparc import ir
 from seqparc.errors import TraceError, UnsupportedOpError
 from seqparc.fold import worth_folding
-from seqparc.graphs import Graph
+from seqparc.graphs import Graph, apart
 from seqparc.ir import Value
 from seqparc.layout import Ints, Laid, Layouts, Pair
 from seqparc.ops import ATEN, SPLITS, VIEWS
@@ -109,7 +109,18 @@ class Lowering(Layouts):
         size = elems[0].size
         picked = iter(elems)
         values = [ir.take(t.value, next(picked)) if isinstance(t, Laid) else ir.const(float(t), size) for t in operands]
-        return self._new(ir.map_(op, *values, src=self._src()), shape, batch)
+        dead = np.logical_or.reduce([self._dead(v) for v in values]) if op == "mul" else np.zeros(size, bool)
+        if not dead.any():
+            return self._new(ir.map_(op, *values, src=self._src()), shape, batch)
+        alive = np.flatnonzero(~dead)  # what is multiplied by a constant zero is not computed
+        made = [ir.map_(op, *(ir.take(v, alive) for v in values), src=self._src())] if alive.size else []
+        return self._new(ir.gather(made, np.where(dead, -1, 0), np.where(dead, -1, np.cumsum(~dead) - 1)), shape, batch)
+
+    def _dead(self, value: Value) -> NDArray[np.bool_]:
+        """Elements of a value that are zero by the value of a constant."""
+        if isinstance(value, ir.Leaf) and value.kind == "param" and value.slot in self.known_zero:
+            return self.known_zero[value.slot][value.index.array[0]]
+        return value.which.array < 0 if isinstance(value, ir.Gather) else np.zeros(value.size, bool)
 
     def fold(self, kind: ir.Fold, t: Laid, dims: Sequence[int] | None, keepdim: bool) -> Laid:
         ndim = len(t.shape)
@@ -346,28 +357,6 @@ def _is_complex(node: fx.Node) -> bool:
     """Whether a node's value is complex, or is several of which one is."""
     value = node.meta.get("val")
     return any(isinstance(v, torch.Tensor) and v.dtype.is_complex for v in (value if isinstance(value, (list, tuple)) else (value,)))
-
-
-def real_part(t: torch.Tensor) -> torch.Tensor:
-    return t.resolve_conj().real
-
-
-def imaginary_part(t: torch.Tensor) -> torch.Tensor:
-    return t.resolve_conj().imag
-
-
-def apart(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Nodes for the two parts of a complex value from outside the core."""
-    if "apart" not in node.meta:
-        made = []
-        with node.graph.inserting_after(node):
-            for take in (imaginary_part, real_part):
-                part = node.graph.call_function(take, (node,))
-                static: Any = ((node,), {}), ((node,), {})
-                part.meta.update(val=take(node.meta["val"]), src=node.meta.get("src"), kind=node.meta["kind"], static=static)
-                made.append(part)
-        node.meta["apart"] = (made[1], made[0])
-    return node.meta["apart"]  # type: ignore[no-any-return]
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -145,6 +145,32 @@ def test_another_mask_compiles_anew() -> None:
     assert rnn.engine().plan.structure.kind == "block-triangular"
 
 
+def test_elementwise_products_with_constant_zeros() -> None:
+    """Synapses as a matrix per sample, of which a constant mask leaves a part: what it leaves out is proved and not computed."""
+    mask = torch.triu(torch.ones(4, 4))
+
+    class Synapses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+            self.register_buffer("mask", mask.clone())
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            open_ = torch.sigmoid(h[:, :, None] * self.w) * self.mask  # [batch, from, to]
+            return x + (open_ * self.w).sum(1) / (1 + open_.sum(1))
+
+    cell = Synapses()
+    rnn = seqparc.compile(cell)
+    x, h = torch.randn(3, 30, 4), torch.randn(3, 4)
+    torch.testing.assert_close(rnn(x, h)[0], rnn.sequential(x, h)[0])
+    plan = rnn.engine().plan
+    assert (plan.structure.pattern == mask.T.bool().numpy()).all()
+    assert sum(isinstance(v, ir.Map) and v.op == "sigmoid" for v in ir.topological(plan.program.outputs)) == 10
+    cell.mask[3, 0] = 1.0  # another mask compiles anew
+    torch.testing.assert_close(rnn(x, h)[0], rnn.sequential(x, h)[0])
+    assert rnn.engine().plan.structure.pattern[0, 3]
+
+
 # -- lanes and programs ----------------------------------------------------------------------------------------------
 
 

@@ -112,7 +112,7 @@ NCPS = (
     ), TIMED, (H,), "dense", given=later),
     Ncps("CfCCell, even steps", lambda: ncps.CfCCell(5, 8, backbone_units=16), (X,), (H,), "dense", second),
     Ncps("WiredCfCCell", lambda: ncps.WiredCfCCell(5, wirings.AutoNCP(12, 4)), TIMED, ((12,),), "triangular", given=later),
-    Ncps("LTCCell", lambda: liquid(wirings.AutoNCP(12, 4)), (X,), ((12,),), "dense"),
+    Ncps("LTCCell", lambda: liquid(wirings.AutoNCP(12, 4)), (X,), ((12,),), "triangular"),
     Ncps("LTCCell, softplus, fully connected", lambda: liquid(
         wirings.FullyConnected(8, 4), implicit_param_constraints=True
     ), TIMED, (H,), "dense", given=later),
