@@ -25,6 +25,7 @@ from seqparc.tree import flatten
 FACTOR = 4.0
 #: Relative error that is always allowed, in units of the dtype's epsilon: the plain loop may be exact by luck.
 UNITS = 8.0
+QUARTERS = 4
 #: The bound where the reference is no more precise than the run itself.
 SAME_PRECISION = 1e-10
 
@@ -39,6 +40,14 @@ class Row:
     mean: float
     loop: float  # largest error of the plain loop in the run's own precision
     bound: float
+    apart: float = 0.0  # largest difference from the plain loop in the run's own precision
+    #: The largest error in each quarter of time, and the plain loop's own; of tensors [batch, time, ...].
+    quarters: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """How many times what the plain loop loses."""
+        return self.largest / self.loop if self.loop else float("inf") if self.largest else 1.0
 
     @property
     def ok(self) -> bool:
@@ -61,7 +70,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in it, of plain types."""
-        rows = [{**asdict(r), "shape": list(r.shape), "ok": r.ok} for r in self.rows]
+        rows = [{**asdict(r), "shape": list(r.shape), "ratio": r.ratio, "ok": r.ok} for r in self.rows]
         return {"cell": self.name, "ok": self.ok, "reference": self.reference, "rows": rows, "stats": asdict(self.stats)}
 
     def table(self) -> Table:
@@ -69,15 +78,19 @@ class Report:
         table = Table(title=title, caption=caption, caption_justify="left")
         table.add_column("tensor")
         table.add_column("shape")
-        for head in ("largest error", "mean error", "plain loop's own", "allowed", ""):
+        for head in ("largest error", "mean error", "plain loop's own", "from the plain loop", "allowed", ""):
             table.add_column(head, justify="right")
         for r in self.rows:
-            numbers = (f"{v:.2g}" for v in (r.largest, r.mean, r.loop, r.bound))
+            numbers = (f"{v:.2g}" for v in (r.largest, r.mean, r.loop, r.apart, r.bound))
             table.add_row(r.name, str(list(r.shape)), *numbers, "ok" if r.ok else "WRONG")
         return table
 
     def _lines(self) -> list[str]:
         lines = ["errors are relative to the tensor's largest magnitude"]
+        for r in self.rows:
+            if r.quarters:
+                told = ", ".join(f"{mine:.2g} ({own:.2g})" for mine, own in r.quarters)
+                lines.append(f"{r.name} by quarters of time, the plain loop's own in brackets: {told}")
         for direction, s in (("forward", self.stats), ("backward", self.stats.backward)):
             if s is not None:
                 end = "converged" if s.converged else f"finished sequentially: {s.fallback}"
@@ -183,7 +196,10 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
 
         truth, eager, mine = run(plain, Precise(reference_dtype)), run(plain, None), run(compiled, None)
     names = _names("y", len(mine[0]) - len(start)) + _names("last", len(start))
-    rows = [_row(n, own, a, b, c) for n, a, b, c in zip(names, mine[0], eager[0], truth[0], strict=True)]
+    rows = [
+        _row(n, own, a, b, c, along_time=i < len(names) - len(start))
+        for i, (n, a, b, c) in enumerate(zip(names, mine[0], eager[0], truth[0], strict=True))
+    ]
     if grad:
         floats = [k for k, t in zip(_names("x", len(leaves)), leaves, strict=True) if _differentiable(t)]
         floats += [k for k, t in zip(_names("state", len(start)), start, strict=True) if _differentiable(t)]
@@ -191,7 +207,8 @@ def validate(rnn: CompiledRNN, x: Any, state: Any = None, grad: bool = True, ref
         for name, a, b, c in zip(named, mine[1], eager[1], truth[1], strict=True):
             if a is not None or c is not None:
                 like = next(t for t in (c, a) if t is not None)
-                rows.append(_row(name, own, *(torch.zeros_like(like) if t is None else t for t in (a, b, c))))
+                p, q, r = (torch.zeros_like(like) if t is None else t for t in (a, b, c))
+                rows.append(_row(name, own, p, q, r))
     return Report(rnn.name, tuple(rows), rnn.stats, str(reference_dtype).removeprefix("torch."))
 
 
@@ -204,17 +221,24 @@ def _weights(results: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device) for r in results]
 
 
-def _row(name: str, own: torch.dtype, mine: Tensor, loop: Tensor, truth: Tensor) -> Row:
+def _row(name: str, own: torch.dtype, mine: Tensor, loop: Tensor, truth: Tensor, along_time: bool = False) -> Row:
     """Errors of one tensor; NaN and inf must stand where they stand in the plain loop, and count as an infinite error if not."""
     a, b, c = (torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach() for t in (mine, loop, truth))
     a, b, c = a.double(), b.double(), c.double()
-    finite = a.isfinite() & c.isfinite()
-    scale = float(c[c.isfinite()].abs().max()) if bool(c.isfinite().any()) else 0.0
-    scale = scale or 1.0
-    error = (a - c).abs()[finite] / scale
-    theirs = (b - c).abs()[b.isfinite() & c.isfinite()] / scale
+    scale = (float(c[c.isfinite()].abs().max()) if bool(c.isfinite().any()) else 0.0) or 1.0
+
+    def worst(p: Tensor, q: Tensor) -> float:
+        """The largest difference where both are finite."""
+        error = (p - q).abs()[p.isfinite() & q.isfinite()]
+        return float(error.max()) / scale if error.numel() else 0.0
+
     same = torch.where(a.isfinite(), b.isfinite(), (a == b) | (a.isnan() & b.isnan()))
-    largest = float("inf") if not bool(same.all()) else float(error.max()) if error.numel() else 0.0
-    lost = float(theirs.max()) if theirs.numel() else 0.0
+    error = (a - c).abs()[a.isfinite() & c.isfinite()] / scale
+    lost = worst(b, c)
     bound = SAME_PRECISION if own is torch.float64 else max(FACTOR * lost, UNITS * torch.finfo(own).eps)
-    return Row(name, tuple(mine.shape), largest, float(error.mean()) if error.numel() else 0.0, lost, bound)
+    parts = list(zip(*(t.tensor_split(QUARTERS, 1) for t in (a, b, c)), strict=True)) if along_time and a.shape[1] >= QUARTERS else []
+    return Row(
+        name, tuple(mine.shape), largest=worst(a, c) if bool(same.all()) else float("inf"),
+        mean=float(error.mean()) if error.numel() else 0.0, loop=lost, bound=bound, apart=worst(a, b),
+        quarters=tuple((worst(p, r), worst(q, r)) for p, q, r in parts),
+    )  # fmt: skip

@@ -203,6 +203,10 @@ def test_validate_measures_and_reports() -> None:
     assert report.ok
     assert [r.name for r in report.rows] == ["y", "last", "gradient of x", "gradient of state", "gradient of w"]
     assert all(0 < r.loop < 1e-5 and r.largest <= r.bound for r in report.rows)
+    assert all(r.apart <= r.largest + r.loop + 1e-12 and r.ratio == r.largest / r.loop for r in report.rows)
+    y, *others = report.rows
+    assert len(y.quarters) == 4 and max(q for q, _ in y.quarters) == y.largest and max(q for _, q in y.quarters) == y.loop
+    assert not any(r.quarters for r in others) and "by quarters of time" in str(report)
     text = str(report)
     assert "gradient of w" in text and "forward: c" in text and "backward: c" in text
     assert json.loads(json.dumps(report.as_dict()))["ok"] is True
