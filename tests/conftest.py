@@ -19,3 +19,11 @@ def seeded() -> None:
     """The same random numbers whatever ran before."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels compiled without optimisation, in half the time: where a test is about what is computed, and others are about how."""
+    from seqparc.codegen import build
+
+    monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O2" else flag for flag in build.FLAGS))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import seqparc
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 B, T, D, N = 3, 37, 4, 6
 C64, C128 = torch.complex64, torch.complex128
 

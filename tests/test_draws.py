@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import seqparc
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 class Dropped(nn.Module):
     """Dropout of the input and of what comes back."""

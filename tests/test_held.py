@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import seqparc
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 B, T, D, N = 3, 37, 5, 8
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import seqparc
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 class ConvGRU(nn.Module):
     """A GRU whose products are convolutions; state [channels, height, width]."""

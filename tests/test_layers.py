@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import seqparc
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 KINDS: dict[str, Any] = {
     "RNN": lambda **k: nn.RNN(3, 4, **k),
     "RNN relu": lambda **k: nn.RNN(3, 4, nonlinearity="relu", **k),

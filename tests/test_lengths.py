@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import seqparc
 from tests.test_kinds import KINDS
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CELLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "GRU": (lambda: nn.GRUCell(3, 5), (3,)),
     "LSTM": (lambda: nn.LSTMCell(3, 4), (3,)),

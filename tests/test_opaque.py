@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import seqparc
 from seqparc.errors import SeqparcWarning
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 B, T, N = 3, 400, 6
 
 

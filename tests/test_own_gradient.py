@@ -15,6 +15,8 @@ from seqparc.owngrad import own_gradient
 from seqparc.passes import derivative, symbolic
 from seqparc.tree import LEAF
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 class Rough(torch.autograd.Function):
     """A rectifier with a smooth gradient."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import seqparc
 from seqparc.stages import largest_group, order
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 B, T, D, N = 3, 61, 4, 12
 
 

@@ -141,7 +141,7 @@ def test_what_a_graph_cannot_hold_is_said() -> None:
 
     torch._dynamo.reset()
     rnn, x = seqparc.compile(Unknown()), torch.randn(2, 5, 4)
-    with pytest.warns(seqparc.SeqparcWarning, match="runs as the plain loop"), pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.warns(seqparc.SeqparcWarning, match="runs on the torch backend"), pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(rnn, backend="eager", fullgraph=True)(x)
     with pytest.raises(seqparc.SeqparcError, match=r"cannot hold calls of Unknown: .*qr"):
         torch.export.export(rnn, (x,), strict=False)

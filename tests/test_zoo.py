@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import seqparc
-from seqparc.codegen import build
 
 from .zoo import ROWS, Row
 from .zoo.compare import Subject, errors, words
@@ -27,9 +26,11 @@ RUN = [row for row in ROWS.values() if not row.missing and not row.refused]
 REFUSED = [row for row in ROWS.values() if row.refused]
 
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O2" else flag for flag in build.FLAGS))
+def one_thread(seeded: None) -> None:
     torch.set_num_threads(1)
 
 
