@@ -1,26 +1,34 @@
 """What a cell can reach: parameters, buffers, plain attributes, variables it closes over; by name, looked up anew when asked.
 
-A compiled cell reads them at every call as the plain loop would: a parameter that was replaced, or a variable that was bound
-to another tensor, counts from then on.
+A compiled cell reads tensors at every call as the plain loop would: a parameter that was replaced, or a variable that was bound
+to another tensor, counts from then on. All else that it reaches is part of what was traced, and compared at every call.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from seqparc.surroundings import SIMPLE, hooks
 
 #: Looks a tensor up; raises KeyError, AttributeError or the like if it is no longer there.
 Getter = Callable[[], Any]
 
 
+#: What every module has.
+_USUAL = frozenset(vars(nn.Module()))
+#: Where a module keeps others, and what is called with it.
+_TABLES = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def reachable(cell: Any) -> Iterator[tuple[str, Getter, Tensor]]:
-    """(name, how to look it up, the tensor now) of every tensor found in a cell, once each; names are unique."""
+    """(name, how to look it up, the tensor now) of every way to a tensor in a cell; names are unique."""
     names: set[str] = set()
-    for found, get, tensor in _everything(cell):
+    for found, get, tensor in _walk(cell):
         if isinstance(tensor, Tensor):
             name = found
             while name in names:
@@ -29,13 +37,59 @@ def reachable(cell: Any) -> Iterator[tuple[str, Getter, Tensor]]:
             yield name, get, tensor
 
 
-def parts(cell: Any) -> list[nn.Module]:
-    """Every module a cell is, has inside, is a method of, holds or closes over."""
-    return [found for _, _, found in _everything(cell) if isinstance(found, nn.Module)]
+def parts(cell: Any) -> tuple[list[nn.Module], list[Getter]]:
+    """The modules that a cell can reach, and ways to what else decides about it: numbers, strings and functions it closes over."""
+    found = list(_walk(cell))
+    return [v for _, _, v in found if isinstance(v, nn.Module)], [get for _, get, v in found if type(v) in SIMPLE]
 
 
-def _everything(cell: Any) -> Iterator[tuple[str, Getter, Any]]:
-    """Tensors and modules, once each; names need not be unique."""
+class Made:
+    """All that a trace depends on beside tensors, and beside which modules are training: classes, settings, parts, hooks."""
+
+    def __init__(self, modules: Sequence[nn.Module] = (), values: Sequence[Getter] = ()) -> None:
+        self.modules = list(modules)
+        self.hooks = hooks()
+        self.values = [(get, get()) for get in values]
+        self.of = [
+            (
+                m, type(m), len(own := m.__dict__), [(k, v) for k, v in own.items() if type(v) in SIMPLE and k not in _USUAL],
+                [(table, list(own[table].values())) for table in _TABLES],
+                [(table, list(own[table]), [t is None for t in own[table].values()]) for table in ("_parameters", "_buffers")],
+            )
+            for m in self.modules
+        ]  # fmt: skip
+
+    def unchanged(self) -> bool:
+        """Whether it is all still so. Asked at every call, so it looks at as little as will do."""
+        for m, kind, count, settings, tables, tensors in self.of:
+            own = m.__dict__
+            if type(m) is not kind or len(own) != count:
+                return False
+            for name, value in settings:
+                now = own.get(name, self)
+                if now is not value and (type(now) is not type(value) or now != value):
+                    return False
+            for table, values in tables:
+                there = own[table]
+                if len(there) != len(values) or (values and list(there.values()) != values):
+                    return False
+            for table, names, nothing in tensors:
+                there = own[table]
+                if len(there) != len(names) or (names and (list(there) != names or [t is None for t in there.values()] != nothing)):
+                    return False
+        return hooks() == self.hooks and all(_still(get, value) for get, value in self.values)
+
+
+def _still(get: Getter, value: Any) -> bool:
+    try:
+        now = get()
+    except (KeyError, ValueError, AttributeError, IndexError):  # no longer there
+        return False
+    return now is value or (type(now) is type(value) and now == value)
+
+
+def _walk(cell: Any) -> Iterator[tuple[str, Getter, Any]]:
+    """Tensors, modules, and simple values that are not attributes of modules: (name, how to look it up, the value now)."""
     seen: set[int] = set()
     for root, getter in _roots(cell):
         yield from _inside(root, getter, seen, 0)
@@ -68,16 +122,16 @@ def _roots(cell: Any) -> Iterator[tuple[str, Getter]]:
             yield from _roots(call)
 
 
-def _inside(name: str, get: Getter, seen: set[int], depth: int) -> Iterator[tuple[str, Getter, Any]]:
+def _inside(name: str, get: Getter, seen: set[int], depth: int, of_module: bool = False) -> Iterator[tuple[str, Getter, Any]]:
     try:
         value = get()
     except (KeyError, ValueError, AttributeError, IndexError):  # an empty closure cell, say
         return
     if isinstance(value, Tensor):
-        if id(value) not in seen:
-            seen.add(id(value))
-            yield name, get, value
+        yield name, get, value
         return
+    if type(value) in SIMPLE and not of_module:
+        yield name, get, value
     if depth > 3 or id(value) in seen:
         return
     prefix = name + "." if name else ""
@@ -101,4 +155,4 @@ def _inside(name: str, get: Getter, seen: set[int], depth: int) -> Iterator[tupl
     else:
         return
     for part, getter in parts:
-        yield from _inside(part, getter, seen, depth + 1)
+        yield from _inside(part, getter, seen, depth + 1, isinstance(value, nn.Module))

@@ -55,7 +55,7 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
             raise
         lower(graph, unknown=opaque.by_sample)  # raises where samples meet, or may
         plan = opaque.plan_of(cell, convention, x, state, getters, str(error))
-    plan.cut, plan.draws, plan.inputs = first.own.cut, draws, len(x)
+    plan.cut, plan.draws, plan.inputs, plan.twins = first.own.cut, draws, len(x), tuple(first.twins)
     if not plan.scalar and plan.step is None:
         plan.stages = staged(graph, plan, fold)
         if plan.stages:
@@ -144,6 +144,7 @@ class Traced(Trace):
 
     getters: dict[str, Getter] = field(default_factory=dict)
     own: Own = field(default_factory=Own)
+    twins: list[tuple[Getter, str]] = field(default_factory=list)  # other ways to an attribute
 
 
 def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], batch: int) -> Traced:
@@ -159,7 +160,7 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
         return [*(out or []), *following]
 
     with torch.no_grad(), uncached(), unfused():
-        made = record(step, inputs, {id(t): name for name, _, t in found}, len(x))
+        made = record(step, inputs, {id(t): name for name, _, t in reversed(found)}, len(x))  # the first way to each
     made.inputs[len(x) : len(x)] = made.drawn  # they are further inputs of a step
     n_out = 0 if convention.out is None else convention.out.count
     after = made.memory[n_out:]
@@ -171,7 +172,9 @@ def trace(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequenc
                 "change the output of the one before. Write h = h + u instead of h += u, or clone first."
             )
     own = Own() if isinstance(cell, Vjp) else own_gradient(cell, convention, inputs[: len(x)], inputs[len(x) :])
-    return Traced(**vars(made), getters={name: get for name, get, _ in found}, own=own)
+    used = {id(t): name for name, t in made.attributes.items()}
+    twins = [(get, used[id(t)]) for name, get, t in found if used.get(id(t), name) != name]
+    return Traced(**vars(made), getters={name: get for name, get, _ in found}, own=own, twins=twins)
 
 
 def alike(first: Sequence[Draw], second: Sequence[Draw]) -> tuple[Draw, ...]:
@@ -249,10 +252,10 @@ def check(plan: Plan, convention: Convention, cell: Any, x: Sequence[Tensor], st
     batch, steps = 4, 2
 
     def sample(t: Tensor, *lead: int) -> Tensor:
-        rows = t.detach().cpu().index_select(0, torch.arange(batch * (lead[0] if lead else 1)) % t.shape[0])
+        rows = t.detach().cpu().index_select(0, torch.arange(batch * (lead[0] if lead else 1), device="cpu") % t.shape[0])
         if rows.dtype.is_floating_point or rows.is_complex():
             wide = torch.complex128 if rows.is_complex() else torch.float64
-            rows = rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=wide).to(rows.dtype)
+            rows = rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=wide, device="cpu").to(rows.dtype)
         return (rows.reshape(batch, *lead, *rows.shape[1:]) if lead else rows).to(t.device)
 
     xs, ss = [sample(t, steps) for t in x], [sample(t) for t in state]

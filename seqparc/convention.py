@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from seqparc import held
 from seqparc.errors import ShapeError, SignatureError, StateError
+from seqparc.surroundings import autocast
 from seqparc.tree import LEAF, Structure, describe, flatten, seen
 
 #: What a parameter's name says about it. A name in neither set says nothing.
@@ -106,7 +107,8 @@ class Convention:
         if after is None:
             raise StateError(f"cell {name}: the state goes in as {self.state} = {describe(before)} and comes out as {seen(tree)}")
         for i, (a, b) in enumerate(zip(before, after, strict=True)):
-            if a.shape != b.shape or a.dtype != b.dtype:
+            cast = a.is_floating_point() and b.is_floating_point() and autocast(b.device.type) is not None  # it decides about dtypes
+            if a.shape != b.shape or (a.dtype != b.dtype and not cast):
                 raise StateError(
                     f"cell {name}: the state's leaf {i} goes in as {describe([a])} and comes out as {describe([b])}. A state keeps its "
                     "shape and dtype from step to step: give the right initial state with state=, or correct the cell."

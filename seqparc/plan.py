@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from seqparc.draws import Draw
 from seqparc.ir import Program
+from seqparc.surroundings import same
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Plan:
     own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words
     cut: tuple[bool, ...] = ()  # output leaves (or none) and next state leaves that no gradient leaves, where it does
     step: Any = None  # of a cell that is called itself, in place of a program: see runtime.opaque
+    twins: tuple[tuple[Callable[[], torch.Tensor], str], ...] = ()  # other ways to an attribute: a parameter that is tied
     stages: tuple[Stage, ...] = ()  # in whose order it runs, if in more than one; then only the readout is its own
     notes: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
@@ -66,14 +67,16 @@ class Plan:
         self._known = [(get, get().shape, get().dtype) for get in self.attributes.values()]
 
     def stale(self) -> bool:
-        """Whether a tensor the cell uses has another shape or dtype now, or a constant other values."""
+        """Whether a tensor the cell uses has another shape or dtype now or is no longer tied to another, or a constant has other values."""
         for get, shape, dtype in self._known:
             t = get()
             if t.shape != shape or t.dtype != dtype:
                 return True
+        if self.twins and any(get() is not self.attributes[name]() for get, name in self.twins):
+            return True
         frozen = [(self.attributes[name](), value) for name, value in self.frozen.items()]
         # While a model is exported its tensors hold no numbers; the operator that the graph holds asks again.
-        return any(t.requires_grad or not (isinstance(t, FakeTensor) or torch.equal(t, v)) for t, v in frozen)
+        return any(t.requires_grad or not same(t, v) for t, v in frozen)
 
     @functools.cached_property
     def place(self) -> np.ndarray:

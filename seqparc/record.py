@@ -82,9 +82,9 @@ def _geometry(t: torch.Tensor) -> tuple[Any, ...]:
 
 def _offsets(t: torch.Tensor) -> torch.Tensor:
     """The storage offsets a tensor occupies."""
-    at = torch.full((), int(t.storage_offset()), dtype=torch.int64)
+    at = torch.full((), int(t.storage_offset()), dtype=torch.int64, device="cpu")
     for n, s in zip(t.shape, t.stride(), strict=True):
-        at = (at.unsqueeze(-1) + torch.arange(n) * s).flatten() if n else at.new_empty(0)
+        at = (at.unsqueeze(-1) + torch.arange(n, device="cpu") * s).flatten() if n else at.new_empty(0)
     return at.flatten()
 
 

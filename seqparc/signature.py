@@ -211,7 +211,7 @@ def _parameters_used(result: Any) -> set[int]:
 def _by_sample(cell: Any, way: Convention, x: list[Tensor], zeros: list[Tensor]) -> bool:
     """Whether samples in another order give the same results in that order: not so for a tensor indexed like a pair."""
     generator = torch.Generator().manual_seed(0)
-    state = [z + torch.rand(z.shape, generator=generator).to(z) for z in zeros]
+    state = [z + torch.rand(z.shape, generator=generator, device="cpu").to(z) for z in zeros]
     turned = torch.arange(len(x[0]), device=x[0].device).flip(0)
     try:
         return alike(trial(cell, way, x, state), trial(cell, way, [t[turned] for t in x], [s[turned] for s in state]), turned)

@@ -107,11 +107,8 @@ def test_an_exported_model_holds_a_compiled_cell() -> None:
 
     model = Model()
     given = (torch.randn(2, 30, 3),)
-    with pytest.raises(seqparc.SeqparcError, match="call the model once"):  # its parameters hold no numbers while it is exported
-        torch.export.export(model, given, strict=False)
     with pytest.raises(Exception, match="with strict=False"):
         torch.export.export(model, given, strict=True)
-    model(torch.randn(2, 12, 3))
     time = torch.export.Dim("time", min=2, max=10_000)
     exported = torch.export.export(model, given, dynamic_shapes=({1: time},), strict=False)
     assert any("seqparc.solve" in str(n.target) for n in exported.graph.nodes)
@@ -152,7 +149,7 @@ def test_what_a_graph_cannot_hold_is_said() -> None:
 def test_shapes_are_checked_while_tracing(bad: Callable[[], tuple[Tensor, Any]]) -> None:
     torch._dynamo.reset()
     rnn = seqparc.compile(nn.GRUCell(3, 8))
-    with pytest.raises(Exception, match="agree about batch"):
+    with pytest.raises(Exception, match=r"x has batch 2|x has shape \[9, 0, 3\]: an empty sequence"):
         torch.compile(rnn, backend="eager")(*bad())
 
 

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from seqparc.errors import SeqparcError
 from seqparc.runtime.engine import Engine, whole
+from seqparc.surroundings import autocast, batched, transformed
+
+FORWARD = (
+    "a derivative in forward mode (torch.func.jvp, jacfwd, hessian, or dual tensors) through a compiled cell was asked for, which is not "
+    "there; use torch.func.vjp or jacrev, or rnn.sequential(x, state)."
+)
 
 
 def uncast(device: str) -> contextlib.AbstractContextManager[Any]:
     """No autocast meanwhile: a plan holds the casts that the cell was seen to make, and wants no others."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return contextlib.nullcontext() if autocast(device) is None else torch.autocast(device, enabled=False)
 
 
 class Solve(torch.autograd.Function):
@@ -40,6 +46,12 @@ class Solve(torch.autograd.Function):
         n_state, n_stream = ctx.counts
         saved = ctx.saved_tensors
         tensors, room = saved[:-n_state], saved[-n_state:]
+        if transformed() or batched(grads):  # many gradients at once
+            from seqparc.runtime.lifted import backward
+
+            states = [r.narrow(1, 1, r.shape[1] - 1) for r in room]
+            given = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, (*states, *tensors[:n_state]), strict=True)]
+            return None, None, None, *backward(ctx.engine, ctx.counts, tensors, states, [*given[:n_state], whole(given[n_state:])])
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
         with uncast(room[0].device.type), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
@@ -50,12 +62,16 @@ class Solve(torch.autograd.Function):
 
 def gradients(
     engine: Engine, start: Sequence[Tensor], before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor],
-    g_states: Sequence[Tensor | None], g_last: Tensor,
+    g_states: Sequence[Tensor | None], g_last: Tensor, groups: int = 0,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the start state per slot, the streams and the parameters, from those of the states after each step and of the last."""
+    """Gradients of the start state per slot, the streams and the parameters, from those of the states after each step and of the last.
+
+    groups: if given, those of the parameters are [groups, ...], of as many parts of the batch.
+    """
     given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
-    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last)
-    shaped = [None if g is None else g.view(p.shape) for g, p in zip(g_params, params, strict=True)]
+    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last, groups)
+    lead = (groups,) if groups else ()
+    shaped = [None if g is None else g.view((*lead, *p.shape)) for g, p in zip(g_params, params, strict=True)]
     cast = [g if g is None or g.dtype == s.dtype else g.to(s.dtype) for g, s in zip(g_streams, streams, strict=True)]
     return [*parts(g_start, start), *cast, *shaped]
 

@@ -74,7 +74,7 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
-        self.numbers: tuple[float, ...] = ()  # that the cell held when it was traced
+        self.changed: Callable[[], bool] = lambda: False  # whether the cell is another than the one that was traced
         self.tuner = Tuner(options)
         self._indices: dict[Any, Tensor] = {}
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
@@ -157,6 +157,9 @@ class Engine:
 
     def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Tensor, list[Tensor]]:
         """Run one recurrence: decide, cut, solve, remember. The last state [batch, numbers] and the sums [chunks, batch, numbers]."""
+        if not start.shape[0]:  # an empty batch
+            self.last.pop(direction, None)
+            return start.clone(), [start.new_zeros(1, 0, n) for n in problem.get("sum_sizes", ())]
         name, kernel = self.kernels.get(direction) or self.kernel(direction, program, start.device)
         alike = self.tuner.adopt(kernel, direction, start.shape[0], steps) if hasattr(kernel, "settings") else None
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
@@ -262,9 +265,13 @@ class Engine:
     # -- backward --------------------------------------------------------------------------------------------------------
 
     def backward(
-        self, before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], g_states: Sequence[Tensor], g_last: Tensor
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """Gradients of the start state (flat), the streams and the parameters. `before`: the state before each step."""
+        self, before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], g_states: Sequence[Tensor], g_last: Tensor,
+        groups: int = 0,
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        """Gradients of the start state (flat), the streams and the parameters (flat). `before`: the state before each step.
+
+        groups: if given, those of the parameters are [groups, ...], of as many parts of the batch.
+        """
         plan = self.plan
         assert plan.adjoint is not None
         adjoint = plan.adjoint()
@@ -287,6 +294,19 @@ class Engine:
                 wide = out.new_zeros(batch, steps, streams[e.target].shape[-1])
                 out = wide.index_add_(-1, self._at(e.columns, out.device), out)
             g_streams[e.target] = out
+        if not groups:
+            return end, g_streams, self._of_params(emits, sums, [*streams, *before], params)
+        own = [
+            self._of_params(_group(emits, k, groups), _group(sums, k, groups, 1), _group((*streams, *before), k, groups), params)
+            for k in range(groups)
+        ]
+        return end, g_streams, [None if column[0] is None else torch.stack(list(column)) for column in zip(*own, strict=True)]
+
+    def _of_params(
+        self, emits: Sequence[Tensor | None], sums: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the parameters from what the adjoint's kernel wrote. `streams`: the states before each step are the last."""
+        adjoint = self.plan.adjoint()
         g_params: list[Tensor | None] = [None] * len(params)
         for e in adjoint.params:
             total = sums[e.slot].sum((0, 1))
@@ -294,8 +314,8 @@ class Engine:
                 total = total.new_zeros(params[e.target].numel()).index_add_(0, self._at(e.columns, total.device), total)
             g_params[e.target] = _plus(g_params[e.target], total)
         for o in adjoint.outers:
-            g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, [*streams, *before], params))
-        return end, g_streams, g_params
+            g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, streams, params))
+        return g_params
 
     def _at(self, index: Any, device: torch.device) -> Tensor:
         """An index of the plan as torch wants it, flat."""
@@ -308,18 +328,18 @@ class Engine:
         lanes = o.columns.shape[0]
         delta = emits[o.delta]
         assert delta is not None
-        d = delta.reshape(-1, lanes, delta.shape[-1] // lanes)
+        d = delta.reshape(delta.shape[0] * delta.shape[1], lanes, delta.shape[-1] // lanes)
         if o.x >= 0:
             given = emits[o.x]
             assert given is not None
-            x = given.reshape(d.shape[0], lanes, -1)
+            x = given.reshape(d.shape[0], lanes, given.shape[-1] // lanes)
         else:
             given = streams[-1 - o.x]
-            x = given.reshape(d.shape[0], -1)
+            x = given.reshape(d.shape[0], given.shape[-1])
             if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
                 x = x.index_select(-1, self._at(o.columns, x.device))
             x = x if x.dtype == d.dtype else x.to(d.dtype)
-            x = x.reshape(d.shape[0], lanes, -1)
+            x = x.reshape(d.shape[0], lanes, x.shape[-1] // lanes)
         if lanes == 1:
             m = (d[:, 0].t() @ x[:, 0])[None]
         else:
@@ -336,6 +356,11 @@ class Engine:
             return picked.reshape(-1)
         to = self._at(o.target, picked.device)  # past the end is what is left out
         return picked.new_zeros(size + 1).index_add_(0, torch.where(to < 0, size, to), picked.reshape(-1))[:size]
+
+
+def _group(of: Sequence[Tensor | None], k: int, groups: int, axis: int = 0) -> list[Any]:
+    """A part of the batch."""
+    return [None if t is None else t.unflatten(axis, (groups, t.shape[axis] // groups)).select(axis, k) for t in of]
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:

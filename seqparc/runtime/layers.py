@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from seqparc.errors import SignatureError
 from seqparc.options import Options
 from seqparc.plan import Stats
-from seqparc.runtime.module import CompiledRNN
+from seqparc.runtime.module import Admit, CompiledRNN, numbered
+from seqparc.surroundings import autocast
 
 
 class Step(nn.Module):
@@ -55,6 +56,7 @@ class CompiledLayer(nn.RNNBase):
 
     _compiled: dict[tuple[int, int], CompiledRNN]
     _options: Options
+    _number: int
 
     def steps(self) -> dict[tuple[int, int], CompiledRNN]:
         """The compiled cell of every layer and direction (0 forward, 1 backward)."""
@@ -78,13 +80,23 @@ class CompiledLayer(nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__["_number"] = numbered(self)
         self.steps()  # now, and not while something is tracing a call
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # the name is torch's
         """As the torch module: (output, final state), for a tensor or a PackedSequence, batched or not."""
-        if torch.compiler.is_compiling():  # a graph ends here, and goes on after the call
-            torch._dynamo.graph_break()
-            return torch.compiler.disable(CompiledLayer.forward)(self, input, hx)
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+                # Dynamo lets no graph hold an nn.RNNBase then, and this must be the first it sees of it: the graph ends here.
+                torch._dynamo.graph_break()
+                return torch.compiler.disable(CompiledLayer.forward)(self, input, hx)
+            from seqparc.runtime import traced
+
+            return traced.call(self, type(self).__name__, False, input=input, hx=hx)
+        return self.compute(input, hx)
+
+    def compute(self, input: Any, hx: Any = None, admit: Admit | None = None) -> Any:
+        """A call, without the hooks that there may be on this module."""
         packed = input if isinstance(input, PackedSequence) else None
         lengths: Tensor | None = None
         single = False
@@ -97,8 +109,16 @@ class CompiledLayer(nn.RNNBase):
             x = input.unsqueeze(0) if single else input if self.batch_first else input.transpose(0, 1)
         if x.shape[-1] != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}")
+        if not x.shape[1]:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        weight = self.weight_ih_l0
+        if x.dtype != weight.dtype and autocast(x.device.type) is None:
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). Convert input: input.to({weight.dtype}), or "
+                f"convert model: model.to({x.dtype})"
+            )
         start = self._start(x, hx, single)
-        y, last = self._run(x, start, packed, lengths)
+        y, last = self._run(x, start, packed, lengths, admit)
         final = tuple(s.squeeze(1) if single else s for s in last)
         return self._as_given(y, packed, lengths, single), final if self.mode == "LSTM" else final[0]
 
@@ -116,7 +136,7 @@ class CompiledLayer(nn.RNNBase):
         return given
 
     def _run(
-        self, x: Tensor, start: list[Tensor], packed: PackedSequence | None, lengths: Tensor | None
+        self, x: Tensor, start: list[Tensor], packed: PackedSequence | None, lengths: Tensor | None, admit: Admit | None
     ) -> tuple[Tensor, list[Tensor]]:
         directions = 2 if self.bidirectional else 1
         ends: list[list[Tensor]] = []
@@ -125,7 +145,8 @@ class CompiledLayer(nn.RNNBase):
             for direction in range(directions):
                 own = [s[number * directions + direction] for s in start]
                 given = turned(x, lengths) if direction else x
-                y, last = self.steps()[number, direction](given, tuple(own) if self.mode == "LSTM" else own[0], lengths=lengths)
+                step = self.steps()[number, direction]
+                y, last = step.compute(given, tuple(own) if self.mode == "LSTM" else own[0], lengths, admit=admit)
                 outputs.append(turned(y, lengths) if direction else y)
                 ends.append(list(last) if self.mode == "LSTM" else [last])
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -179,7 +200,7 @@ def compiled_layer(layer: nn.Module, options: Options, in_place: bool) -> Compil
     """The layer compiled: itself, or a module of its own that shares the layer's parameters."""
     made: Any = layer if in_place else copy.copy(layer)
     made.__class__ = LAYERS[type(layer)]
-    made.__dict__["_compiled"], made.__dict__["_options"] = {}, options
+    made.__dict__.update(_compiled={}, _options=options, _number=numbered(made))
     made.steps()
     return made  # type: ignore[no-any-return]
 

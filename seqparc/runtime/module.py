@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from seqparc import signature as sig
-from seqparc.captured import parts
+from seqparc.captured import Made, parts, reachable
 from seqparc.draws import drawn
-from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, StateError, UnsupportedOpError
+from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, SignatureError, StateError, UnsupportedOpError
 from seqparc.held import Watch, untouched
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
 from seqparc.runtime.derived import Derived, Paired, Redrawn, as_real
 from seqparc.runtime.engine import Engine, uncollected
-from seqparc.runtime.own import OwnGradientCall
+from seqparc.runtime.own import TRANSFORMED, OwnGradientCall
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
+from seqparc.surroundings import apart, autocast, hollow, modes, places, plain, size, stand_in, transformed, wrapped
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
 TOOLS: dict[str, Callable[..., Any]] = {}
 #: All that are there, by the number that a call which is being traced gives for them.
-MODULES: weakref.WeakValueDictionary[int, CompiledRNN] = weakref.WeakValueDictionary()
+MODULES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+
+
+def numbered(module: nn.Module) -> int:
+    """A number for a module that is called while something is traced."""
+    MODULES[number := next(_NUMBERS)] = module
+    return number
 
 
 class Call(NamedTuple):
@@ -52,10 +60,25 @@ class Known(NamedTuple):
     watch: Watch | None  # on what the cell holds, if that is what it starts from
 
 
-def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Any, ...]:
+def settled(cell: Any, convention: sig.Convention, x: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    """A state of the dtypes that a loop under autocast goes on with, whatever it starts from. Raises StateError if there are none."""
+    for _ in range(len(start) + 1):
+        with torch.no_grad():
+            after = convention.call(cell, [v.clone() for v in x], [s.clone() for s in start])[1]
+        if [a.dtype for a in after] == [s.dtype for s in start]:
+            return start
+        start = [s.to(a.dtype) for s, a in zip(start, after, strict=True)]
+    raise StateError(f"under autocast the state of {sig.called(cell)} keeps changing its dtypes; convert it in the cell, with .to(dtype)")
+
+
+def _nothing() -> None:
+    """No parameter."""
+
+
+def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequence[Tensor], home: str) -> tuple[Any, ...]:
     """What an engine depends on, the type of device first: of tensors, all but the values and the batch and time axes."""
     shapes = [*[(v.shape[2:], v.dtype) for v in leaves], *[(s.shape[1:], s.dtype) for s in start]]
-    return leaves[0].device.type, convention, len(leaves), *shapes
+    return home, convention, len(leaves), *shapes
 
 
 def paired(call: Call, cell: Any) -> tuple[Call, Any]:
@@ -63,7 +86,13 @@ def paired(call: Call, cell: Any) -> tuple[Call, Any]:
     if not any(s.is_complex() for s in call.start):
         return call, cell
     step, start = Paired(cell, call.convention, len(call.leaves), call.start), as_real(call.start)
-    return Call(call.leaves, step.signature, start, about_call(step.signature, call.leaves, start)), step
+    return Call(call.leaves, step.signature, start, about_call(step.signature, call.leaves, start, call.about[0])), step
+
+
+class Admit(Protocol):
+    """Raises an error where an engine, or a plain loop for some reason, must not be."""
+
+    def __call__(self, rnn: CompiledRNN, engine: Engine | str) -> None: ...
 
 
 class CompiledRNN(nn.Module):
@@ -87,12 +116,12 @@ class CompiledRNN(nn.Module):
     def _forget(self) -> None:
         """Drop everything that is remade at the next call."""
         self._understood: dict[Any, Known] = {}
-        self._parts: tuple[nn.Module, ...] = ()  # that the cell uses, each of which may be training or not
-        self._first: tuple[Tensor, ...] = ()  # the first parameter, which stands for where the cell is and its dtype
+        self._parts: tuple[list[nn.Module], list[Any]] = [], []  # of the cell: modules, which may be training or not, and ways to values
+        self._made = Made()  # what they are made of
+        self._first: Callable[[], Tensor | None] = _nothing  # the first parameter, which stands for where the cell is and its dtype
         self._engines: dict[Any, Engine | str] = {}
         self._last: Engine | Stats = Stats()
-        MODULES[number := next(_NUMBERS)] = self
-        self._number = number
+        self._number = numbered(self)
 
     @property
     def stats(self) -> Stats:
@@ -101,7 +130,7 @@ class CompiledRNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         keep = dict(self.__dict__)
-        for name in ("_understood", "_first", "_parts", "_engines", "_last", "_number"):
+        for name in ("_understood", "_first", "_parts", "_made", "_engines", "_last", "_number"):
             keep.pop(name, None)
         return keep
 
@@ -126,34 +155,37 @@ class CompiledRNN(nn.Module):
         Returns (y, last). Raises ShapeError for an input of the wrong shape, dtype or device, and what `seqparc.compile`
         documents for cells that cannot be compiled.
         """
-        if lengths is not None or reset is not None:
-            return self._varied(x, state, lengths, reset)
         if torch.compiler.is_compiling():
             from seqparc.runtime import traced
 
-            return traced.call(self, x, state)
-        call = self._call(x, state)
-        return call.convention.unflatten(*self._answer(call, self.cell))
+            return traced.call(self, self.name, state is None, x=x, state=state, lengths=lengths, reset=reset)
+        return self.compute(x, state, lengths, reset)
 
-    def _answer(self, call: Call, cell: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def compute(self, x: Any, state: Any = None, lengths: Any = None, reset: Any = None, admit: Admit | None = None) -> tuple[Any, Any]:
+        """A call, without the hooks that there may be on this module."""
+        call = self._call(x, state)
+        if lengths is not None or reset is not None:
+            return self._varied(call, lengths, reset, admit)
+        return call.convention.unflatten(*self._answer(call, self.cell, admit))
+
+    def _answer(self, call: Call, cell: Any, admit: Admit | None) -> tuple[list[Tensor], list[Tensor]]:
         """Output leaves [batch, time, ...] and last state leaves of a call of the cell, or of a step made from it."""
         call, cell = paired(call, cell)
         leaves, convention, start, _ = call
         engine = self._engine(call, cell)
+        if admit is not None:
+            admit(self, engine)
         if isinstance(engine, str):
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
             looped = loop(lambda a, b: convention.call(cell, a, b), leaves, start)
             return cell.own(*looped) if isinstance(cell, Paired) else looped
-        answer = self._run(engine, cell, convention, leaves, start)
+        answer = self._run(engine, cell, convention, leaves, start, call.about[0])
         self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
         return cell.own(*answer) if isinstance(cell, Paired) else answer
 
-    def _varied(self, x: Any, state: Any, lengths: Any, reset: Any) -> tuple[Any, Any]:
+    def _varied(self, call: Call, lengths: Any, reset: Any, admit: Admit | None) -> tuple[Any, Any]:
         """A call with lengths or resets."""
-        if torch.compiler.is_compiling():  # a graph ends here, and goes on after the call
-            torch._dynamo.graph_break()
-            return torch.compiler.disable(CompiledRNN._varied)(self, x, state, lengths, reset)
-        leaves, convention, start, _ = self._call(x, state)
+        leaves, convention, start, _ = call
         again = None if reset is None else variant.checked_reset(reset, leaves[0])
         ends = None if lengths is None else variant.checked_lengths(lengths, leaves[0])
         live = None if ends is None else variant.inside(ends, leaves[0].shape[1])
@@ -161,7 +193,8 @@ class CompiledRNN(nn.Module):
             leaves = variant.prolonged(leaves, ends, live)
         step = variant.Variant(self.cell, convention, len(leaves), reset is not None)
         given = variant.given_to(step, leaves, start, again)
-        outputs, last = self._answer(Call(given, step.signature, start, about_call(step.signature, given, start)), step)
+        home, *_ = call.about
+        outputs, last = self._answer(Call(given, step.signature, start, about_call(step.signature, given, start, home)), step, admit)
         shown, states = outputs[: step.n_out], outputs[step.n_out :]
         y = states if convention.out is None else shown
         if ends is not None and live is not None:
@@ -235,10 +268,21 @@ class CompiledRNN(nn.Module):
     def _call(self, x: Any, state: Any) -> Call:
         leaves, structure = sig.flatten(x)
         given = None if state is None else sig.flatten(state)
-        parameter = self._first[0] if self._first else None
+        if not plain(leaves if given is None else (*leaves, *given[0])):
+            return self._stood_in(leaves, structure, given)
+        return self._known(leaves, structure, given)
+
+    def _known(self, leaves: list[Tensor], structure: sig.Structure, given: tuple[list[Tensor], sig.Structure] | None) -> Call:
+        """A call of tensors that hold numbers, understood by what is known from those like it."""
+        if not self._made.unchanged():
+            self._made = Made(*self._parts)
+            self._understood.clear()
+            self._engines.clear()
+        parameter = self._first()
         about = (
             structure, *[(v.shape[0], v.shape[2:], v.dtype, v.device) for v in leaves],
             None if given is None else (given[1], *[(s.shape, s.dtype, s.device) for s in given[0]]),
+            autocast(leaves[0].device.type) if leaves else None,
             None if parameter is None else (parameter.dtype, parameter.device),
         )  # fmt: skip
         known = self._understood.get(about)
@@ -247,10 +291,68 @@ class CompiledRNN(nn.Module):
             start = given[0] if given is not None else None if known.watch is not None and known.watch.changed() else known.start
             if start is not None and steps and (len(leaves) == 1 or all(v.shape[1] == steps for v in leaves)):
                 return Call(leaves, known.convention, start, known.about)
-        return self._understand(about, leaves, structure, state)
+        if leaves and not leaves[0].shape[:1].numel():
+            return self._stood_in(leaves, structure, given)
+        return self._understand(about, leaves, structure, None if given is None else given[1].unflatten(given[0]))
+
+    def _stood_in(self, leaves: list[Tensor], structure: sig.Structure, given: tuple[list[Tensor], sig.Structure] | None) -> Call:
+        """A call whose tensors hold no numbers that could be looked at, understood by others in their place."""
+        self._check(leaves)
+        rows = max(size(leaves[0].shape[0]), 1)
+        like = [stand_in(v[:, :1], rows) for v in leaves]
+        with apart(parts(self.cell)[0]):
+            kept = None if given is None else ([stand_in(s, rows) for s in given[0]], given[1])
+            asked = self._known(like, structure, kept)
+        if given is not None:
+            start = given[0]
+        elif asked.convention.held and not hollow(leaves[0]):  # what it holds
+            start = [s[: leaves[0].shape[0]] for s in asked.start]
+        elif self._given is None and not any(hasattr(self.cell, m) for m in sig.METHODS):
+            start = [leaves[0].new_zeros((leaves[0].shape[0], *s.shape[1:]), dtype=s.dtype) for s in asked.start]
+        else:
+            start, _ = sig.flatten(self._initial(leaves, structure))
+        self._check_state(start, leaves)
+        return Call(leaves, asked.convention, start, asked.about)
+
+    def _initial(self, leaves: list[Tensor], structure: sig.Structure) -> Any:
+        """The initial state."""
+        x_t = structure.unflatten([v[:, 0] for v in leaves])
+        return sig.initial_state(self.cell, x_t, leaves[0].shape[0], given=self._given, signature=self._signature)
 
     def _understand(self, about: Any, leaves: list[Tensor], structure: sig.Structure, state: Any) -> Call:
         """The same, at length; what can be reused is remembered for calls like this one."""
+        self._check(leaves)
+        fixed = state is None and not callable(self._given) and not any(hasattr(self.cell, m) for m in sig.METHODS)
+        if state is None and not fixed:
+            state = self._initial(leaves, structure)
+        try:
+            with apart(parts(self.cell)[0]):
+                if state is None:
+                    state = self._initial(leaves, structure)
+                start, _ = sig.flatten(state)
+                self._check_state(start, leaves)
+                known = self._understood.get(about)
+                if known is None:
+                    x_t = structure.unflatten([v[:, 0] for v in leaves])
+                    convention = sig.discover(self.cell, x_t, leaves[0].shape[0], state, self._signature, self.name)
+                else:
+                    convention = known.convention
+        except (SignatureError, StateError) as error:
+            if (mixed := self._mixed(leaves)) is not None:
+                raise ShapeError(mixed) from error
+            raise
+        keep = fixed and not any(t.requires_grad for t in start)
+        places = (functools.partial(m._parameters.get, name) for m in self.modules() for name, p in m._parameters.items() if p is not None)
+        self._first, self._parts = next(places, _nothing), parts(self.cell)
+        self._made = Made(*self._parts)
+        about = (*about[:-1], None if (parameter := self._first()) is None else (parameter.dtype, parameter.device))
+        watch = Watch(self.cell) if convention.held and keep else None
+        asked = about_call(convention, leaves, start, leaves[0].device.type)
+        self._understood[about] = Known(convention, start if keep else None, asked, watch)
+        return Call(leaves, convention, start, self._understood[about].about)
+
+    def _check(self, leaves: Sequence[Tensor]) -> None:
+        """Raises ShapeError for an x that no cell can be run over."""
         if not leaves:
             raise ShapeError("x holds no tensor; give [batch, time, ...]")
         lead = leaves[0].shape[:2]
@@ -259,54 +361,62 @@ class CompiledRNN(nn.Module):
                 raise ShapeError(f"x's leaf {i} has shape {list(leaf.shape)}; the first two axes must be batch and time")
             if leaf.shape[:2] != lead:
                 raise ShapeError(f"x's leaves disagree about batch and time: {list(lead)} and {list(leaf.shape[:2])} (leaf {i})")
-        batch, steps = lead
-        if steps == 0 or batch == 0:
-            raise ShapeError(f"x has shape {list(leaves[0].shape)}: an empty {'sequence' if steps == 0 else 'batch'} has no states")
+        if lead[1] == 0:
+            raise ShapeError(f"x has shape {list(leaves[0].shape)}: an empty sequence has no states")
         self._check_place(leaves)
-        x_t = structure.unflatten([v[:, 0] for v in leaves])
-        fixed = state is None and not callable(self._given) and not any(hasattr(self.cell, m) for m in sig.METHODS)
-        if state is None:
-            state = sig.initial_state(self.cell, x_t, batch, given=self._given, signature=self._signature)
-        start, _ = sig.flatten(state)
+
+    @staticmethod
+    def _check_state(start: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
         for i, leaf in enumerate(start):
-            if leaf.dim() < 1 or leaf.shape[0] != batch:
+            if leaf.dim() < 1 or leaf.shape[0] != leaves[0].shape[0]:
+                batch = leaves[0].shape[0]
                 raise StateError(f"the state's leaf {i} has shape {list(leaf.shape)}, x has batch {batch}; a state is [batch, ...]")
             if leaf.device != leaves[0].device:
                 raise ShapeError(f"the state's leaf {i} is on {leaf.device}, x on {leaves[0].device}")
-        known = self._understood.get(about)
-        convention = sig.discover(self.cell, x_t, batch, state, self._signature, self.name) if known is None else known.convention
-        keep = fixed and not any(t.requires_grad for t in start)
-        self._first = tuple(itertools.islice(self.parameters(), 1))
-        self._parts = tuple(dict.fromkeys((*self.modules(), *parts(self.cell))))
-        about = (*about[:-1], (self._first[0].dtype, self._first[0].device) if self._first else None)
-        watch = Watch(self.cell) if convention.held and keep else None
-        self._understood[about] = Known(convention, start if keep else None, about_call(convention, leaves, start), watch)
-        return Call(leaves, convention, start, self._understood[about].about)
 
     def _check_place(self, leaves: Sequence[Tensor]) -> None:
+        if any(map(nn.parameter.is_lazy, self.parameters())):
+            raise ShapeError(f"{self.name} has parameters that are not initialised yet; call the cell itself once, on one step")
         parameter = next(self.parameters(), None)
         for i, leaf in enumerate(leaves):
             if parameter is not None and leaf.device != parameter.device:
                 raise ShapeError(f"x's leaf {i} is on {leaf.device}, the cell's parameters on {parameter.device}; move one to the other")
-        if parameter is not None and parameter.dtype.is_floating_point and all(v.dtype.is_floating_point for v in leaves):
-            wrong = next((v.dtype for v in leaves if v.dtype != parameter.dtype), None)
-            dtypes = {p.dtype for p in self.parameters()}
-            if wrong is not None and wrong not in dtypes and not torch.is_autocast_enabled(leaves[0].device.type):
-                raise ShapeError(f"x is {wrong}, the cell's parameters are {parameter.dtype}; convert one with .to(dtype)")
+
+    def _mixed(self, leaves: Sequence[Tensor]) -> str | None:
+        """What may be wrong with a call that the cell does not take: x of another dtype than the parameters."""
+        dtypes = {p.dtype for p in self.parameters() if p.dtype.is_floating_point}
+        wrong = next((v.dtype for v in leaves if v.dtype.is_floating_point and v.dtype not in dtypes), None)
+        if wrong is None or not dtypes:
+            return None
+        return f"x is {wrong}, the cell's parameters are {' and '.join(sorted(map(str, dtypes)))}; convert one with .to(dtype)"
 
     def _engine(self, call: Call, cell: Any = None) -> Engine | str:
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
         cell = self.cell if cell is None else cell
-        modes = tuple([m.training for m in self._parts])
-        key = call.about, modes, torch.is_autocast_enabled(call.about[0])
+        training = tuple([m.training for m in self._parts[0]])
+        key: tuple[Any, ...] = call.about, training, modes(), autocast(call.about[0])
         engine = self._engines.get(key)
-        if isinstance(engine, Engine) and (engine.plan.stale() or engine.numbers != self._numbers()):
+        if isinstance(engine, Engine) and engine.plan.stale():
             engine = None
+        if engine is not None:
+            return engine
+        surrounded = not plain(call.leaves)
+        if surrounded and any(hollow(t) for _, _, t in places(self._parts[0])):
+            engine = self._engines.get(key := (*key, "numbers made up"))
         if engine is None:
-            convention, start, x_t = call.convention, call.start, [v[:, 0] for v in call.leaves]
+            rows = max(size(call.leaves[0].shape[0]), 1)
+            convention, start = call.convention, [stand_in(s, rows) for s in call.start]
+            like = [stand_in(v[:, :1], rows) for v in call.leaves]
+            name = self._elsewhere() if surrounded else None
             try:
-                with uncollected(), untouched(self.cell, x_t, torch.is_grad_enabled()):  # no draw of the user's is used up either
+                if name is not None:
+                    raise UnsupportedOpError(f"{name} belongs to a transform or mode that surrounds the call, and is in no module")
+                # No draw of the user's is used up.
+                with uncollected(), apart(parts(self.cell)[0]), untouched(self.cell, like, torch.is_grad_enabled()):
+                    x_t = [v[:, 0] for v in like]
                     backends = TOOLS["backends"](self.options, x_t[0].device)
+                    if key[3] is not None:
+                        start = settled(cell, convention, x_t, start)
                     plan = TOOLS["compile_plan"](cell, convention, x_t, start, fold=backends[0][0] != "triton")
                     engine = Engine(plan, backends, self.options, TOOLS["choose"])
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
@@ -316,41 +426,50 @@ class CompiledRNN(nn.Module):
                     message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
             if isinstance(engine, Engine):
-                engine.numbers = self._numbers()
+                for _, part in engine.parts:
+                    part.changed = self._watch()
                 if engine.plan.step is not None and (cell is self.cell or isinstance(cell, Derived)):
                     why = engine.plan.own_gradient[0]
                     message = f"{self.name} runs on the torch backend, by calls of the cell for all chunks at once. {why}"
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
-            self._engines[key] = engine
+            if name is None:
+                self._engines[key] = engine
         return engine
 
-    def _numbers(self) -> tuple[float, ...]:
-        """The numbers that the cell's modules hold (a step size, a dropout's p), which are part of what was traced."""
-        return tuple([v for m in self._parts for v in m.__dict__.values() if type(v) is float])
+    def _watch(self) -> Callable[[], bool]:
+        """A way to see whether the cell has changed, as it is now: its settings and parts, and which of those are training."""
+        self._made = made = Made(*self._parts)
+        training = [m.training for m in made.modules]
+        return lambda: not made.unchanged() or [m.training for m in made.modules] != training
+
+    def _elsewhere(self) -> str | None:
+        """The name of a tensor that holds no numbers that could be looked at, and is neither parameter nor buffer."""
+        own = {id(t) for _, _, t in places(self._parts[0])}
+        return next((name for name, _, t in reachable(self.cell) if id(t) not in own and (wrapped(t) or hollow(t))), None)
 
     def _trial(self, plan: Plan, x: list[Tensor], start: list[Tensor], make: Callable[..., Any]) -> list[Tensor]:
         engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), TOOLS["choose"])
         return run(engine, x, start).outputs
 
     def _run(
-        self, engine: Engine, cell: Any, convention: sig.Convention, x: list[Tensor], start: list[Tensor]
+        self, engine: Engine, cell: Any, convention: sig.Convention, x: list[Tensor], start: list[Tensor], home: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         own = bool(engine.plan.own_gradient)
-        captured = [get() for get in engine.plan.attributes.values()] if own else []
-        if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *captured))):
+        used = [(get, get()) for get in engine.plan.attributes.values()] if own else []
+        if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *(t for _, t in used)))):
             done = run(engine, x, start)
             return done.outputs, done.last
-
+        if transformed():
+            raise SeqparcError(f"{self.name} has a gradient of its own ({engine.plan.own_gradient[0]}), {TRANSFORMED}")
         if draws := engine.plan.draws:  # the same numbers forward and backward
             cell = Redrawn(cell, convention, len(x), len(draws))
             x, convention = [*x, *drawn(draws, x[0].shape[0], x[0].shape[1], x[0].device)], cell.signature
 
         def adjoint(given: list[Tensor], mu: list[Tensor]) -> Engine:
             step = TOOLS["adjoint_step"](cell, convention, len(x), [s.dtype.is_floating_point for s in start])
-            found = self._engine(Call(given, step.signature, mu, about_call(step.signature, given, mu)), step)
+            found = self._engine(Call(given, step.signature, mu, about_call(step.signature, given, mu, home)), step)
             if isinstance(found, str):
                 raise UnsupportedOpError(f"the gradient of {self.name}, which is its own, cannot be compiled: {found}")
             return found
 
-        asked = [t for t in captured if t.requires_grad and t.is_leaf]
-        return OwnGradientCall(cell, convention, engine, adjoint, asked)(x, start)
+        return OwnGradientCall(cell, convention, engine, adjoint, used, places(self._parts[0]), autocast(home))(x, start)

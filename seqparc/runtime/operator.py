@@ -12,25 +12,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seqparc.errors import SeqparcError, ShapeError
-from seqparc.runtime.differentiable import gradients, refuse, unit
+from seqparc.runtime.differentiable import FORWARD, gradients, refuse, unit
 from seqparc.runtime.engine import ENGINES, Engine
+from seqparc.surroundings import alone
 from seqparc.text import digest
 
 _NUMBERED: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _NUMBERS: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
+#: Those that exported graphs call; torch.export puts a module back to what it was before, and what it learnt meanwhile is gone.
+_EXPORTED: set[Engine] = set()
 #: Engines of one process that compute the same have numbers that follow each other, of at most so many. All stay below 2^53.
 ALIKE = 1 << 12
 
 
 def number(engine: Engine) -> int:
-    """What graphs call an engine."""
+    """What graphs call an engine: those that torch.export makes, and which stay as they were, by a number below zero."""
+    if not torch.compiler.is_exporting():
+        return _number(engine)
+    _EXPORTED.add(engine)
+    return -_number(engine)
+
+
+def _number(engine: Engine) -> int:
     if engine not in _NUMBERS:
         plan = engine.plan
+        with alone():
+            frozen = [f"{name} {value.dtype} {value.tolist()}" for name, value in sorted(plan.frozen.items())]
         about = hashlib.sha256(f"{digest(plan.program)} {plan.dtype} {engine.options} {engine.offered}".encode())
-        for name, value in sorted(plan.frozen.items()):
-            about.update(f"{name} {value.dtype} {value.tolist()}".encode())
+        for line in frozen:
+            about.update(line.encode())
         first = int.from_bytes(about.digest()[:5], "big") * ALIKE
         made = next(n for n in range(first, first + ALIKE) if n not in _NUMBERED)
         _NUMBERS[engine], _NUMBERED[made] = made, engine
@@ -39,9 +52,10 @@ def number(engine: Engine) -> int:
 
 def held(at: int) -> Engine:
     """The engine of a number; if it is not there, one that computes the same."""
+    at = abs(at)
     found = _NUMBERED.get(at)
     if found is None:
-        alike = (engine for engine in list(ENGINES) if number(engine) // ALIKE == at // ALIKE)
+        alike = (engine for engine in list(ENGINES) if _number(engine) // ALIKE == at // ALIKE)
         found = next(alike, None)
     if found is None:
         raise SeqparcError(
@@ -55,8 +69,13 @@ def held(at: int) -> Engine:
 def solve(start: list[Tensor], streams: list[Tensor], params: list[Tensor], engine: int, steps: int) -> list[Tensor]:
     """The states after each step, [batch, time, numbers] per slot, and the last state [batch, all numbers]."""
     run = held(engine)
-    if run.plan.frozen and run.plan.stale():
-        raise SeqparcError("a constant that the structure of a cell relies on has changed since torch.compile saw it; make the graph anew")
+    if (run.plan.frozen and run.plan.stale()) or (engine > 0 and run.changed()):
+        raise SeqparcError(
+            "a compiled cell has changed since a graph was made of it (a constant that its structure relies on, a setting, a part, a hook, "
+            "or whether it is training); make the graph anew"
+        )
+    if forward_ad._current_level >= 0:  # what an operator's inputs would say about it is not seen here
+        raise SeqparcError(FORWARD)
     batch = start[0].shape[0]
     if any(s.shape[0] != batch for s in start) or any(x.shape[:2] != (batch, steps) for x in streams):  # kernels look at no shapes
         about = ", ".join(str(list(t.shape)) for t in (*start, *streams))

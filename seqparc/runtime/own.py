@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqparc.convention import Convention
+from seqparc.convention import Convention, called
+from seqparc.errors import SeqparcError
 from seqparc.runtime.differentiable import once
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.run import Run, before, run
+from seqparc.surroundings import Place, autocast, batched, holding, transformed
+
+TRANSFORMED = (
+    "which torch.func's transforms, and many gradients at once (is_grads_batched), cannot look through; use rnn.sequential(x, state), or "
+    "torch.no_grad() where no gradient is wanted."
+)
 
 
 @dataclass
@@ -23,12 +31,31 @@ class OwnGradientCall:
     convention: Convention
     engine: Engine
     adjoint: Callable[[list[Tensor], list[Tensor]], Engine]
-    captured: list[Tensor]  # tensors besides x and the state that a gradient is asked of
+    used: list[tuple[Callable[[], Any], Tensor]]  # tensors of the cell that it uses, and how they are looked up
+    places: list[Place]  # where modules keep such
+    cast: torch.dtype | None  # what autocast cast to
 
     def __call__(self, x: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """(output leaves, last state leaves), differentiable."""
-        results = OwnGradient.apply(self, len(x), len(start), *x, *start, *self.captured)
+        results = OwnGradient.apply(self, len(x), len(start), *x, *start, *(t for _, t in self.used))
         return list(results[: -len(start)]), list(results[-len(start) :])
+
+    @contextlib.contextmanager
+    def again(self, saved: Sequence[Tensor], asked: Sequence[bool]) -> Iterator[list[Tensor]]:
+        """The cell as it was when it was called, with these in the places of the tensors it used; gives the tensors it now uses.
+
+        Parameters may be others meanwhile: those of torch.func.functional_call are back in their places, or one has been replaced.
+        """
+        leaves = {id(t): s.detach().requires_grad_(a) for (_, t), s, a in zip(self.used, saved, asked, strict=True)}
+        with holding([(table, name, leaves[id(t)]) for table, name, t in self.places if id(t) in leaves]):
+            placed = {id(t) for _, _, t in self.places}
+            now = [leaves[id(t)] if id(t) in placed else t for _, t in self.used]
+            if any(get() is not t for (get, _), t in zip(self.used, now, strict=True)):
+                raise SeqparcError(
+                    f"a tensor that {called(self.cell)} uses, or the module that holds it, was replaced between a call and its backward, "
+                    "which runs the cell again as it has a gradient of its own; replace it after backward"
+                )
+            yield now
 
 
 class OwnGradient(torch.autograd.Function):
@@ -53,8 +80,12 @@ class OwnGradient(torch.autograd.Function):
         tensors, states = saved[:-n_s], saved[-n_s:]
         x, start, captured = tensors[:n_x], tensors[n_x : n_x + n_s], tensors[n_x + n_s :]
         create_graph = torch.is_grad_enabled()
-        with torch.no_grad():
-            found = _gradients(call, x, start, captured, states, grads[:-n_s], grads[-n_s:])
+        if transformed() or batched(grads):
+            raise SeqparcError(f"{called(call.cell)} has a gradient of its own, {TRANSFORMED}")
+        home = x[0].device.type
+        cast = contextlib.nullcontext() if call.cast == autocast(home) else torch.autocast(home, call.cast, enabled=call.cast is not None)
+        with torch.no_grad(), cast, call.again(captured, ctx.needs_input_grad[3 + n_x + n_s :]) as used:
+            found = _gradients(call, x, start, used, states, grads[:-n_s], grads[-n_s:])
         results = (None, None, None, *found)
         return once(results, tensors) if create_graph else results
 

@@ -12,7 +12,9 @@ from seqparc.draws import drawn
 from seqparc.plan import Plan, StateShape
 from seqparc.runtime.differentiable import Solve, parts, uncast, unit
 from seqparc.runtime.engine import Engine
+from seqparc.runtime.lifted import Lifted
 from seqparc.runtime.operator import number, solve
+from seqparc.surroundings import autocast, plain, transformed
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -25,15 +27,12 @@ class Run(NamedTuple):
     last: list[Tensor]
 
 
-def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, Tensor] | None = None) -> Run:
-    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable.
-
-    traced: in torch.compile, by id of the cell's own tensors those that stand for them in the graph.
-    """
+def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
+    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable."""
     device = x[0].device.type
-    if torch.is_autocast_enabled(device):
+    if autocast(device) is not None:
         with uncast(device):
-            return run(engine, x, start, traced)
+            return run(engine, x, start)
     plan = engine.plan
     batch, steps = x[0].shape[:2]
     if plan.draws and len(x) == plan.inputs:
@@ -43,27 +42,33 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor], traced: dict[int, 
     def value(key: Any) -> Any:
         if key not in values:
             if key[0] == "attr":
-                own = plan.attributes[key[1]]()
-                values[key] = own if traced is None else traced[id(own)]
+                values[key] = plan.attributes[key[1]]()
             elif key[0] == "x":
                 values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
         return values[key]
 
     if plan.stages:
-        states, last = staged(engine, x, start, value, traced)
+        states, last = staged(engine, x, start, value)
         return Run(states, _read(plan, values, value, states, start, batch, steps), last)
     weights = plan.weights.run(*map(value, plan.weights.inputs))
     if all(d is not None for d in plan.direct):
-        streams = [x[d] if x[d].dim() == 3 else x[d].reshape(batch, steps, -1) for d in plan.direct if d is not None]
+        whole = [x[d] for d in plan.direct if d is not None]
+        streams = [x if x.dim() == 3 else x.reshape(batch, steps, n) for x, n in zip(whole, plan.core.stream_sizes, strict=True)]
     else:
         made = plan.prelude.run(*map(value, plan.prelude.inputs))
         values |= {("stream", i): s for i, s in enumerate(made)}
-        streams = [s.reshape(batch, steps, -1) for s in made]
+        streams = [s.reshape(batch, steps, n) for s, n in zip(made, plan.core.stream_sizes, strict=True)]
     streams = [_ready(s, plan.dtype) for s in streams]
     params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in weights]
-    flat = [s if s.dim() == 2 and s.dtype == plan.dtype else s.reshape(batch, -1).to(plan.dtype) for s in start]
-    if traced is not None:
-        *flat_states, end = solve(flat, streams, params, number(engine), steps)
+    flat = [
+        s if s.dim() == 2 and s.dtype == plan.dtype else s.reshape(batch, n).to(plan.dtype)
+        for s, n in zip(start, plan.core.state_sizes, strict=True)
+    ]
+    if not plain((*flat, *streams, *params)):
+        if transformed():
+            *flat_states, end = Lifted.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
+        else:
+            *flat_states, end = solve(flat, streams, params, number(engine), steps)
         flat_last = parts(end, flat)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (*flat, *streams, *params)):
         engine.begin_backward(flat[0].device)
@@ -95,11 +100,12 @@ def _read(
         if key[0] == "stream" and key not in values:
             values[key] = value(("x", plan.direct[key[1]]))
     outputs = plan.readout.run(*map(value, plan.readout.inputs))
-    return [o.reshape(batch, steps, *o.shape[1:]) for o in outputs]
+    same = {id(values["next", i]): y for i, y in enumerate(states)}  # outputs that are states
+    return [same[id(o)] if id(o) in same else o.reshape(batch, steps, *o.shape[1:]) for o in outputs]
 
 
 def staged(
-    engine: Engine, x: list[Tensor], start: list[Tensor], value: Callable[[Any], Any], traced: dict[int, Tensor] | None
+    engine: Engine, x: list[Tensor], start: list[Tensor], value: Callable[[Any], Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States [batch, time, ...] and last states [batch, ...], stage by stage."""
     batch, steps = x[0].shape[:2]
@@ -111,7 +117,7 @@ def staged(
         for j in stage.earlier:
             given += [before(start[j], states[j]) if len(given) in stage.uses else states[j], states[j]]
         if inner is not None:
-            done = run(inner, given, [start[i] for i in stage.leaves], traced)
+            done = run(inner, given, [start[i] for i in stage.leaves])
             found, ends = done.states, done.last
         else:
             flat = {("x", i): given[i].flatten(0, 1) for i in stage.uses}

@@ -16,6 +16,7 @@ from torch import Tensor
 from seqparc.convention import Convention
 from seqparc.errors import ShapeError
 from seqparc.runtime.derived import Derived
+from seqparc.surroundings import bare, empty, watched
 
 
 class Variant(Derived):
@@ -35,7 +36,8 @@ class Variant(Derived):
             again, *initial = given[self.n_x :]
             now = [torch.where(again.reshape(-1, *[1] * (s.dim() - 1)), i, s) for i, s in zip(initial, now, strict=True)]
         out, following = self.convention.call(self.cell, list(x), now)
-        return (*(out or ()), *(s.clone() for s in following)), tuple(following)  # clones: a cell may write into its state
+        # Clones: a cell may write into its state. Contiguous: torch.export cannot reason about strides that are kept.
+        return (*(out or ()), *(s.clone(memory_format=torch.contiguous_format) for s in following)), tuple(following)
 
 
 def checked_reset(reset: Any, x: Tensor) -> Tensor:
@@ -55,8 +57,11 @@ def checked_lengths(lengths: Any, x: Tensor) -> Tensor:
     batch, steps = x.shape[:2]
     if found.shape != (batch,) or found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise ShapeError(f"lengths is {found.dtype} of shape {list(found.shape)}; it must be ints [batch] = [{batch}]")
-    if bool(((found < 0) | (found > steps)).any()):
-        raise ShapeError(f"lengths go from {int(found.min())} to {int(found.max())}; x has {steps} steps")
+    fit, _ = bare(((found >= 0) & (found <= steps)).all())
+    if empty(fit) or watched():  # looked at when there are numbers
+        torch._assert_async(fit, "lengths must be from 0 to the number of steps")  # type: ignore[attr-defined]
+    elif not fit.all():
+        raise ShapeError(f"lengths go from {int(bare(found)[0].min())} to {int(bare(found)[0].max())}; x has {steps} steps")
     return found.long()
 
 
@@ -76,7 +81,7 @@ def prolonged(x: Sequence[Tensor], lengths: Tensor, live: Tensor) -> list[Tensor
     Zeros, where a sample has no step at all.
     """
     at = torch.minimum(torch.arange(live.shape[1], device=live.device), (lengths - 1).clamp_min(0).unsqueeze(1))
-    rows = torch.arange(len(lengths), device=live.device).unsqueeze(1)
+    rows = torch.arange(lengths.shape[0], device=live.device).unsqueeze(1)
     some = (lengths > 0).unsqueeze(1).expand_as(live)
     filled = masked([v.detach()[rows, at] for v in x], some)
     return [torch.where(live.reshape(*live.shape, *[1] * (v.dim() - 2)), v, f) for v, f in zip(x, filled, strict=True)]
@@ -84,9 +89,9 @@ def prolonged(x: Sequence[Tensor], lengths: Tensor, live: Tensor) -> list[Tensor
 
 def last_of(states: Sequence[Tensor], start: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
     """The state after each sample's last step; the one to start from where it has none."""
-    rows, at = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp_min(0)
+    rows, at = torch.arange(lengths.shape[0], device=lengths.device), (lengths - 1).clamp_min(0)
     none = lengths == 0
-    return [torch.where(none.reshape(-1, *[1] * (s.dim() - 1)), s, y[rows, at]) for y, s in zip(states, start, strict=True)]
+    return [torch.where(none.reshape(-1, *[1] * (s.dim() - 1)), s.to(y.dtype), y[rows, at]) for y, s in zip(states, start, strict=True)]
 
 
 def given_to(variant: Variant, x: Sequence[Tensor], start: Sequence[Tensor], reset: Tensor | None) -> list[Tensor]:
