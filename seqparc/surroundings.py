@@ -125,6 +125,11 @@ def autocast(home: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(home) if _castable(home) and torch.is_autocast_enabled(home) else None
 
 
+def recast(home: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to this, or none, on a type of device."""
+    return contextlib.nullcontext() if autocast(home) == dtype else torch.autocast(home, dtype, enabled=dtype is not None)
+
+
 _castable = functools.cache(torch.amp.is_autocast_available)
 
 

@@ -11,17 +11,12 @@ from torch import Tensor
 
 from seqparc.errors import SeqparcError
 from seqparc.runtime.engine import Engine, whole
-from seqparc.surroundings import autocast, batched, transformed
+from seqparc.surroundings import batched, recast, transformed
 
 FORWARD = (
     "a derivative in forward mode (torch.func.jvp, jacfwd, hessian, or dual tensors) through a compiled cell was asked for, which is not "
     "there; use torch.func.vjp or jacrev, or rnn.sequential(x, state)."
 )
-
-
-def uncast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """No autocast meanwhile: a plan holds the casts that the cell was seen to make, and wants no others."""
-    return contextlib.nullcontext() if autocast(device) is None else torch.autocast(device, enabled=False)
 
 
 class Solve(torch.autograd.Function):
@@ -53,7 +48,7 @@ class Solve(torch.autograd.Function):
             given = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, (*states, *tensors[:n_state]), strict=True)]
             return None, None, None, *backward(ctx.engine, ctx.counts, tensors, states, [*given[:n_state], whole(given[n_state:])])
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        with uncast(room[0].device.type), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        with recast(room[0].device.type, None), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
             g_last = whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
             results = (None, None, None, *gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last))

@@ -455,6 +455,8 @@ class CompiledRNN(nn.Module):
         self, engine: Engine, cell: Any, convention: sig.Convention, x: list[Tensor], start: list[Tensor], home: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         own = bool(engine.plan.own_gradient)
+        if engine.plan.step is not None and transformed():
+            raise SeqparcError(f"{self.name} runs by calls of the cell ({engine.plan.own_gradient[0]}), {TRANSFORMED}")
         used = [(get, get()) for get in engine.plan.attributes.values()] if own else []
         if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *(t for _, t in used)))):
             done = run(engine, x, start)

@@ -21,6 +21,7 @@ from seqparc.graphs import Piece
 from seqparc.ir import Program, Value
 from seqparc.plan import Plan, StateShape
 from seqparc.runtime.interpreter import TorchKernel
+from seqparc.surroundings import autocast, recast
 
 #: One step: x leaves and state leaves, flat over rows, to the new state leaves.
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -67,15 +68,18 @@ def plan_of(
         emits=tuple(ir.Store(i, v.index, v) for i, v in enumerate(leaves)), state_sizes=sizes,
         stream_sizes=tuple(t[0].numel() for t in x), param_sizes=(), emit_sizes=sizes,
     )  # fmt: skip
+    home = state[0].device.type
+    cast = autocast(home)
     like = [(t.shape[1:], t.dtype) for t in (*x, *state)]
 
     def step(streams: Sequence[Tensor], now: Sequence[Tensor]) -> Sequence[Tensor]:
         given = [t.reshape(-1, *shape).to(dtype) for t, (shape, dtype) in zip((*streams, *now), like, strict=True)]
-        return convention.call(cell, given[: len(x)], given[len(x) :])[1]
+        with recast(home, cast):
+            return convention.call(cell, given[: len(x)], given[len(x) :])[1]
 
     def outputs(*values: Tensor) -> Sequence[Tensor]:
-        out, _ = convention.call(cell, list(values[: len(x)]), list(values[len(x) :]))
-        return out or ()
+        with recast(home, cast):
+            return convention.call(cell, list(values[: len(x)]), list(values[len(x) :]))[0] or ()
 
     nothing = Piece([], lambda: (), "", [])
     given = [*(("x", i) for i in range(len(x))), *(("state", i) for i in range(len(state)))]

@@ -15,7 +15,7 @@ from seqparc.errors import SeqparcError
 from seqparc.runtime.differentiable import once
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.run import Run, before, run
-from seqparc.surroundings import Place, autocast, batched, holding, transformed
+from seqparc.surroundings import Place, batched, holding, recast, transformed
 
 TRANSFORMED = (
     "which torch.func's transforms, and many gradients at once (is_grads_batched), cannot look through; use rnn.sequential(x, state), or "
@@ -82,9 +82,7 @@ class OwnGradient(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if transformed() or batched(grads):
             raise SeqparcError(f"{called(call.cell)} has a gradient of its own, {TRANSFORMED}")
-        home = x[0].device.type
-        cast = contextlib.nullcontext() if call.cast == autocast(home) else torch.autocast(home, call.cast, enabled=call.cast is not None)
-        with torch.no_grad(), cast, call.again(captured, ctx.needs_input_grad[3 + n_x + n_s :]) as used:
+        with torch.no_grad(), recast(x[0].device.type, call.cast), call.again(captured, ctx.needs_input_grad[3 + n_x + n_s :]) as used:
             found = _gradients(call, x, start, used, states, grads[:-n_s], grads[-n_s:])
         results = (None, None, None, *found)
         return once(results, tensors) if create_graph else results

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from seqparc.draws import drawn
 from seqparc.plan import Plan, StateShape
-from seqparc.runtime.differentiable import Solve, parts, uncast, unit
+from seqparc.runtime.differentiable import Solve, parts, unit
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.lifted import Lifted
 from seqparc.runtime.operator import number, solve
-from seqparc.surroundings import autocast, plain, transformed
+from seqparc.surroundings import autocast, plain, recast, transformed
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -31,7 +31,7 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable."""
     device = x[0].device.type
     if autocast(device) is not None:
-        with uncast(device):
+        with recast(device, None):  # a plan holds the casts that the cell was seen to make, and wants no others
             return run(engine, x, start)
     plan = engine.plan
     batch, steps = x[0].shape[:2]
