@@ -218,3 +218,92 @@ def test_autocast_around_a_graph() -> None:
         found, right = compiled(x)[0], rnn(x)[0]
     assert found.dtype == right.dtype
     torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("more", ["lengths", "reset", "both"])
+def test_a_graph_holds_calls_with_lengths_and_resets(more: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    rnn = seqparc.compile(nn.GRUCell(3, 8))
+    compiled = torch.compile(lambda x, **given: rnn(x, **given), backend="aot_eager", fullgraph=True)
+    for batch, steps in ((2, 20), (2, 33), (3, 50)):
+        x = torch.randn(batch, steps, 3, requires_grad=True)
+        given = {"lengths": torch.randint(0, steps + 1, (batch,)), "reset": torch.rand(batch, steps) < 0.1}
+        given = {k: v for k, v in given.items() if more in (k, "both")}
+        found = [_gradients(lambda x, _, f=f, given=given: f(x, **given), rnn, x, None) for f in (compiled, rnn)]
+        torch.testing.assert_close(*found)
+    if more == "lengths":
+        with pytest.raises(RuntimeError, match="lengths must be from 0 to the number of steps"):
+            compiled(x, lengths=torch.full((3,), 51))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_graph_holds_a_layer_where_dynamo_lets_it(kind: Any) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = kind(3, 4, num_layers=2, bidirectional=True)
+    compiled = seqparc.compile(layer, backend="torch")
+    with pytest.raises(torch._dynamo.exc.Unsupported):  # its rule for every nn.RNNBase
+        torch.compile(compiled, backend="eager", fullgraph=True)(torch.randn(9, 2, 3))
+    torch._dynamo.reset()
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for steps, batch in ((9, 2), (13, 2), (15, 3)):
+            x = torch.randn(steps, batch, 3, requires_grad=True)
+            found = [_gradients(lambda x, _, f=f: f(x), layer, x, None) for f in (graph, layer)]
+            torch.testing.assert_close(*found)
+
+
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_a_graph_of_a_layer_knows_whether_it_trains() -> None:
+    torch._dynamo.reset()
+    layer, x = seqparc.compile(nn.GRU(3, 4, num_layers=2, dropout=0.5), backend="torch"), torch.randn(9, 2, 3)
+    graph = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert not torch.equal(graph(x)[0], graph(x)[0])
+    layer.eval()
+    torch.testing.assert_close(graph(x), layer(x))
+    layer.train()
+    assert not torch.equal(graph(x)[0], graph(x)[0])
+
+
+class Leaky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.rate = 3, 0.5
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.rate * h + x)
+
+
+def test_a_graph_of_a_cell_that_was_changed_since_says_so() -> None:
+    torch._dynamo.reset()
+    rnn, x = seqparc.compile(Leaky(), backend="torch"), torch.randn(2, 9, 3)
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(rnn, (x,)).module()
+    before = compiled(x)[0]
+    torch.testing.assert_close(before, rnn(x)[0])
+    rnn.cell.rate = 0.9
+    with pytest.raises(seqparc.SeqparcError, match="has changed since a graph was made of it"):
+        compiled(x)
+    assert not torch.allclose(rnn(x)[0], before)
+    torch.testing.assert_close(exported(x)[0], before)  # what was exported stays as it was
+
+
+def test_an_exported_model_holds_lengths_and_layers() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = seqparc.compile(nn.GRUCell(3, 8), backend="torch")
+            self.layer = seqparc.compile(nn.LSTM(8, 4, batch_first=True, bidirectional=True), backend="torch")
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.layer(self.rnn(x, lengths=lengths)[0])[0]  # type: ignore[no-any-return]
+
+    model, dim = Model(), torch.export.Dim
+    batch = dim("batch", min=2, max=50)
+    given = torch.randn(2, 12, 3), torch.tensor([3, 12])
+    shapes = ({0: batch, 1: dim("time", min=2, max=5000)}, {0: batch})
+    exported = torch.export.export(model, given, dynamic_shapes=shapes).module()
+    for size, steps in ((2, 12), (4, 21)):
+        x, lengths = torch.randn(size, steps, 3), torch.randint(0, steps + 1, (size,))
+        torch.testing.assert_close(exported(x, lengths), model(x, lengths))

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from seqparc.errors import SignatureError
 from seqparc.options import Options
 from seqparc.plan import Stats
-from seqparc.runtime.module import Admit, CompiledRNN, numbered
+from seqparc.runtime.calls import Admit, numbered
+from seqparc.runtime.module import CompiledRNN
 from seqparc.surroundings import autocast
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-import itertools
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,77 +21,20 @@ from seqparc.held import Watch, untouched
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
-from seqparc.runtime.derived import Derived, Paired, Redrawn, as_real
+from seqparc.runtime.calls import Admit, Call, Known, about_call, check_state, check_x, mixed, numbered, paired, settled
+from seqparc.runtime.derived import Derived, Paired, Redrawn
 from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import TRANSFORMED, OwnGradientCall
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
-from seqparc.surroundings import apart, autocast, hollow, modes, places, plain, size, stand_in, transformed, wrapped
+from seqparc.surroundings import apart, autocast, bare, empty, hollow, modes, places, plain, size, stand_in, transformed, watched, wrapped
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
 TOOLS: dict[str, Callable[..., Any]] = {}
-#: All that are there, by the number that a call which is being traced gives for them.
-MODULES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def numbered(module: nn.Module) -> int:
-    """A number for a module that is called while something is traced."""
-    MODULES[number := next(_NUMBERS)] = module
-    return number
-
-
-class Call(NamedTuple):
-    """A call, understood: leaves of x, how the cell is called, leaves of the state to start from, and what an engine depends on."""
-
-    leaves: list[Tensor]
-    convention: sig.Convention
-    start: list[Tensor]
-    about: tuple[Any, ...]
-
-
-class Known(NamedTuple):
-    """What calls alike have in common; the start state only if it is the same in all of them."""
-
-    convention: sig.Convention
-    start: list[Tensor] | None
-    about: tuple[Any, ...]
-    watch: Watch | None  # on what the cell holds, if that is what it starts from
-
-
-def settled(cell: Any, convention: sig.Convention, x: list[Tensor], start: list[Tensor]) -> list[Tensor]:
-    """A state of the dtypes that a loop under autocast goes on with, whatever it starts from. Raises StateError if there are none."""
-    for _ in range(len(start) + 1):
-        with torch.no_grad():
-            after = convention.call(cell, [v.clone() for v in x], [s.clone() for s in start])[1]
-        if [a.dtype for a in after] == [s.dtype for s in start]:
-            return start
-        start = [s.to(a.dtype) for s, a in zip(start, after, strict=True)]
-    raise StateError(f"under autocast the state of {sig.called(cell)} keeps changing its dtypes; convert it in the cell, with .to(dtype)")
 
 
 def _nothing() -> None:
     """No parameter."""
-
-
-def about_call(convention: sig.Convention, leaves: Sequence[Tensor], start: Sequence[Tensor], home: str) -> tuple[Any, ...]:
-    """What an engine depends on, the type of device first: of tensors, all but the values and the batch and time axes."""
-    shapes = [*[(v.shape[2:], v.dtype) for v in leaves], *[(s.shape[1:], s.dtype) for s in start]]
-    return home, convention, len(leaves), *shapes
-
-
-def paired(call: Call, cell: Any) -> tuple[Call, Any]:
-    """The same call of a step with real states, if the cell's are not."""
-    if not any(s.is_complex() for s in call.start):
-        return call, cell
-    step, start = Paired(cell, call.convention, len(call.leaves), call.start), as_real(call.start)
-    return Call(call.leaves, step.signature, start, about_call(step.signature, call.leaves, start, call.about[0])), step
-
-
-class Admit(Protocol):
-    """Raises an error where an engine, or a plain loop for some reason, must not be."""
-
-    def __call__(self, rnn: CompiledRNN, engine: Engine | str) -> None: ...
 
 
 class CompiledRNN(nn.Module):
@@ -297,21 +239,21 @@ class CompiledRNN(nn.Module):
 
     def _stood_in(self, leaves: list[Tensor], structure: sig.Structure, given: tuple[list[Tensor], sig.Structure] | None) -> Call:
         """A call whose tensors hold no numbers that could be looked at, understood by others in their place."""
-        self._check(leaves)
+        check_x(self, leaves)
         rows = max(size(leaves[0].shape[0]), 1)
         like = [stand_in(v[:, :1], rows) for v in leaves]
-        with apart(parts(self.cell)[0]):
+        with self._apart():
             kept = None if given is None else ([stand_in(s, rows) for s in given[0]], given[1])
             asked = self._known(like, structure, kept)
         if given is not None:
             start = given[0]
-        elif asked.convention.held and not hollow(leaves[0]):  # what it holds
+        elif asked.convention.held and not empty(bare(leaves[0])[0]):  # what it holds
             start = [s[: leaves[0].shape[0]] for s in asked.start]
         elif self._given is None and not any(hasattr(self.cell, m) for m in sig.METHODS):
             start = [leaves[0].new_zeros((leaves[0].shape[0], *s.shape[1:]), dtype=s.dtype) for s in asked.start]
         else:
             start, _ = sig.flatten(self._initial(leaves, structure))
-        self._check_state(start, leaves)
+        check_state(start, leaves)
         return Call(leaves, asked.convention, start, asked.about)
 
     def _initial(self, leaves: list[Tensor], structure: sig.Structure) -> Any:
@@ -321,16 +263,16 @@ class CompiledRNN(nn.Module):
 
     def _understand(self, about: Any, leaves: list[Tensor], structure: sig.Structure, state: Any) -> Call:
         """The same, at length; what can be reused is remembered for calls like this one."""
-        self._check(leaves)
+        check_x(self, leaves)
         fixed = state is None and not callable(self._given) and not any(hasattr(self.cell, m) for m in sig.METHODS)
         if state is None and not fixed:
             state = self._initial(leaves, structure)
         try:
-            with apart(parts(self.cell)[0]):
+            with self._apart():
                 if state is None:
                     state = self._initial(leaves, structure)
                 start, _ = sig.flatten(state)
-                self._check_state(start, leaves)
+                check_state(start, leaves)
                 known = self._understood.get(about)
                 if known is None:
                     x_t = structure.unflatten([v[:, 0] for v in leaves])
@@ -338,8 +280,8 @@ class CompiledRNN(nn.Module):
                 else:
                     convention = known.convention
         except (SignatureError, StateError) as error:
-            if (mixed := self._mixed(leaves)) is not None:
-                raise ShapeError(mixed) from error
+            if (why := mixed(self, leaves)) is not None:
+                raise ShapeError(why) from error
             raise
         keep = fixed and not any(t.requires_grad for t in start)
         places = (functools.partial(m._parameters.get, name) for m in self.modules() for name, p in m._parameters.items() if p is not None)
@@ -350,45 +292,6 @@ class CompiledRNN(nn.Module):
         asked = about_call(convention, leaves, start, leaves[0].device.type)
         self._understood[about] = Known(convention, start if keep else None, asked, watch)
         return Call(leaves, convention, start, self._understood[about].about)
-
-    def _check(self, leaves: Sequence[Tensor]) -> None:
-        """Raises ShapeError for an x that no cell can be run over."""
-        if not leaves:
-            raise ShapeError("x holds no tensor; give [batch, time, ...]")
-        lead = leaves[0].shape[:2]
-        for i, leaf in enumerate(leaves):
-            if leaf.dim() < 2:
-                raise ShapeError(f"x's leaf {i} has shape {list(leaf.shape)}; the first two axes must be batch and time")
-            if leaf.shape[:2] != lead:
-                raise ShapeError(f"x's leaves disagree about batch and time: {list(lead)} and {list(leaf.shape[:2])} (leaf {i})")
-        if lead[1] == 0:
-            raise ShapeError(f"x has shape {list(leaves[0].shape)}: an empty sequence has no states")
-        self._check_place(leaves)
-
-    @staticmethod
-    def _check_state(start: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-        for i, leaf in enumerate(start):
-            if leaf.dim() < 1 or leaf.shape[0] != leaves[0].shape[0]:
-                batch = leaves[0].shape[0]
-                raise StateError(f"the state's leaf {i} has shape {list(leaf.shape)}, x has batch {batch}; a state is [batch, ...]")
-            if leaf.device != leaves[0].device:
-                raise ShapeError(f"the state's leaf {i} is on {leaf.device}, x on {leaves[0].device}")
-
-    def _check_place(self, leaves: Sequence[Tensor]) -> None:
-        if any(map(nn.parameter.is_lazy, self.parameters())):
-            raise ShapeError(f"{self.name} has parameters that are not initialised yet; call the cell itself once, on one step")
-        parameter = next(self.parameters(), None)
-        for i, leaf in enumerate(leaves):
-            if parameter is not None and leaf.device != parameter.device:
-                raise ShapeError(f"x's leaf {i} is on {leaf.device}, the cell's parameters on {parameter.device}; move one to the other")
-
-    def _mixed(self, leaves: Sequence[Tensor]) -> str | None:
-        """What may be wrong with a call that the cell does not take: x of another dtype than the parameters."""
-        dtypes = {p.dtype for p in self.parameters() if p.dtype.is_floating_point}
-        wrong = next((v.dtype for v in leaves if v.dtype.is_floating_point and v.dtype not in dtypes), None)
-        if wrong is None or not dtypes:
-            return None
-        return f"x is {wrong}, the cell's parameters are {' and '.join(sorted(map(str, dtypes)))}; convert one with .to(dtype)"
 
     def _engine(self, call: Call, cell: Any = None) -> Engine | str:
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
@@ -442,10 +345,22 @@ class CompiledRNN(nn.Module):
         training = [m.training for m in made.modules]
         return lambda: not made.unchanged() or [m.training for m in made.modules] != training
 
+    def _apart(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the cell can be looked at, apart from what surrounds the call if that is possible."""
+        inside = (transformed() or watched()) and self._elsewhere() is not None
+        return contextlib.nullcontext() if inside else apart(parts(self.cell)[0])
+
     def _elsewhere(self) -> str | None:
         """The name of a tensor that holds no numbers that could be looked at, and is neither parameter nor buffer."""
-        own = {id(t) for _, _, t in places(self._parts[0])}
-        return next((name for name, _, t in reachable(self.cell) if id(t) not in own and (wrapped(t) or hollow(t))), None)
+        modules, _ = parts(self.cell)
+        own = {id(t) for _, _, t in places(modules)}
+        name, found = next(((n, t) for n, _, t in reachable(self.cell) if id(t) not in own and (wrapped(t) or hollow(t))), (None, None))
+        if found is not None and bare(found)[1]:
+            raise SeqparcError(
+                f"under vmap {self.name} uses {name}, different for each member and neither parameter nor buffer of a module; make "
+                "it one, and call the module by torch.func.functional_call"
+            )
+        return name
 
     def _trial(self, plan: Plan, x: list[Tensor], start: list[Tensor], make: Callable[..., Any]) -> list[Tensor]:
         engine = Engine(plan, [("torch", make)], Options(strategy="sequential"), TOOLS["choose"])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from seqparc import signature as sig
 from seqparc.errors import SeqparcError
+from seqparc.runtime.calls import MODULES
 from seqparc.runtime.engine import Engine
-from seqparc.runtime.module import MODULES, CompiledRNN
+from seqparc.runtime.module import CompiledRNN
 from seqparc.surroundings import holding, places
 
 
