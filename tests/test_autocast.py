@@ -15,6 +15,8 @@ from tests.living import gradients
 from tests.test_own_gradient import Rough
 from tests.test_surface import Gated
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 class Plain(nn.Module):
     """Its state comes out of layers, so of autocast's dtype, whatever it starts from."""

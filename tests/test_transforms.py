@@ -17,6 +17,8 @@ from tests.cells import Sparse
 from tests.living import MODULES, close, eager, gradients, made
 from tests.test_own_gradient import Rough
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def own(module: Any) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in module.named_parameters()}
@@ -106,7 +108,7 @@ def test_constants_that_differ_between_members_are_no_constants() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_many_gradients_at_once(name: str) -> None:
-    module, x = made(name, 2, 3, dtype=torch.float64, backend="torch")
+    module, x = made(name, 1, 2, dtype=torch.float64, backend="torch")
     x.requires_grad_()
     y = module(x)[0]
     cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
