@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as fx_trace
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
@@ -97,16 +98,21 @@ def _torchs(hook: Any) -> bool:
 
 @contextlib.contextmanager
 def _unlooked() -> Iterator[None]:
-    """Without torch's own hooks on every module and modes of functions."""
+    """Without torch's own hooks on every module and modes of functions, and without fx seeing calls of modules."""
     were = [(table, dict(table)) for table in _GLOBAL if table]
     modes = _get_current_function_mode_stack()
+    seen: Any = nn.Module
+    calls = seen.__call__, seen.__getattr__
     try:
+        if fx_trace._is_fx_tracing_flag:
+            seen.__call__, seen.__getattr__ = fx_trace._orig_module_call, fx_trace._orig_module_getattr
         for table, kept in were:
             for k in (k for k, hook in kept.items() if _torchs(hook)):
                 del table[k]
         _replace_modes([m for m in modes if not _torchs(m)])
         yield
     finally:
+        seen.__call__, seen.__getattr__ = calls
         _replace_modes(modes)
         for table, kept in were:
             table.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqparc.errors import SeqparcError
 from seqparc.runtime.engine import Engine, whole
-from seqparc.surroundings import batched, recast, transformed
+from seqparc.surroundings import batched, plain, recast
 
 FORWARD = (
     "a derivative in forward mode (torch.func.jvp, jacfwd, hessian, or dual tensors) through a compiled cell was asked for, which is not "
@@ -41,7 +41,7 @@ class Solve(torch.autograd.Function):
         n_state, n_stream = ctx.counts
         saved = ctx.saved_tensors
         tensors, room = saved[:-n_state], saved[-n_state:]
-        if transformed() or batched(grads):  # many gradients at once
+        if not plain([g for g in grads if g is not None]) or batched(grads):  # traced, or many gradients at once
             from seqparc.runtime.lifted import backward
 
             states = [r.narrow(1, 1, r.shape[1] - 1) for r in room]
