@@ -268,9 +268,12 @@ class _Recorder(TorchDispatchMode):
             self.attribute(target)
         origin = self.storages[target.untyped_storage()._cdata].origin
         if origin != "fresh":
+            advice = "write y = x + u instead of x += u, or clone first."
+            if "parametrizations." in origin:  # spectral_norm, say
+                advice = "a parametrisation that changes its buffers while it trains can be run in evaluation, after .eval() on it."
             raise TraceError(
                 f"{user_source() or 'the cell'} changes {origin} in place. A cell must leave its inputs, parameters and buffers as they "
-                "are: write y = x + u instead of x += u, or clone first."
+                f"are: {advice}"
             )
 
     def nodes(self, tree: Any) -> Any:

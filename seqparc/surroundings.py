@@ -81,18 +81,18 @@ def hooks() -> list[Any]:
     """What a user wants to be called with every module. Torch's own such hooks only look (they count, or track)."""
     if not any(_GLOBAL):
         return []
-    return [hook for table in _GLOBAL for hook in table.values() if not _torchs(hook)]
+    return [hook for table in _GLOBAL for hook in table.values() if not _of_torch(hook)]
 
 
 def modes() -> tuple[Any, ...]:
     """What changes or watches torch's functions, in a form that can be compared: a default device, modes of a user's own."""
     if not torch._C._len_torch_function_stack():
         return ()
-    own = [m for m in _get_current_function_mode_stack() if not _torchs(m)]
+    own = [m for m in _get_current_function_mode_stack() if not _of_torch(m)]
     return tuple((type(m), *(v for v in vars(m).values() if type(v) in SIMPLE)) for m in own)
 
 
-def _torchs(hook: Any) -> bool:
+def _of_torch(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.") and not isinstance(hook, DeviceContext)
 
 
@@ -102,17 +102,18 @@ def _unlooked() -> Iterator[None]:
     were = [(table, dict(table)) for table in _GLOBAL if table]
     modes = _get_current_function_mode_stack()
     seen: Any = nn.Module
-    calls = seen.__call__, seen.__getattr__
+    calls = (seen.__call__, seen.__getattr__) if fx_trace._is_fx_tracing_flag else None
     try:
-        if fx_trace._is_fx_tracing_flag:
+        if calls is not None:
             seen.__call__, seen.__getattr__ = fx_trace._orig_module_call, fx_trace._orig_module_getattr
         for table, kept in were:
-            for k in (k for k, hook in kept.items() if _torchs(hook)):
+            for k in (k for k, hook in kept.items() if _of_torch(hook)):
                 del table[k]
-        _replace_modes([m for m in modes if not _torchs(m)])
+        _replace_modes([m for m in modes if not _of_torch(m)])
         yield
     finally:
-        seen.__call__, seen.__getattr__ = calls
+        if calls is not None:
+            seen.__call__, seen.__getattr__ = calls
         _replace_modes(modes)
         for table, kept in were:
             table.clear()

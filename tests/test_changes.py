@@ -189,3 +189,11 @@ def test_hooks_on_every_module_that_are_a_users_count() -> None:
     finally:
         hook.remove()
     close(rnn(x)[0], before)
+
+
+def test_a_parametrisation_that_changes_while_it_trains_is_refused() -> None:
+    module, x = made("GRU", backend="torch")
+    parametrizations.spectral_norm(module.cell, "weight_hh")
+    with pytest.raises(seqparc.TraceError, match=r"parametrizations\.weight_hh\.0\._u in place.*run in evaluation"):
+        module(x)
+    same(module.eval(), x)

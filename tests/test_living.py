@@ -263,3 +263,14 @@ def test_parameters_that_are_not_there_yet() -> None:
         rnn(x)
     rnn.cell(x[:, 0], torch.zeros(2, 4))
     same(rnn, x)
+
+
+@every
+def test_compiled_autograd(name: str) -> None:
+    """Of an eager call: what Dynamo traces of its backward is the operator, not the compiler."""
+    torch._dynamo.reset()
+    module, x = made(name)
+    y = module(x.requires_grad_())[0]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.square().sum().backward()
+    close([t.grad for t in (x, *module.parameters())], torch.autograd.grad(eager(module)(x)[0].square().sum(), [x, *module.parameters()]))

@@ -41,6 +41,10 @@ class Solve(torch.autograd.Function):
         n_state, n_stream = ctx.counts
         saved = ctx.saved_tensors
         tensors, room = saved[:-n_state], saved[-n_state:]
+        if torch.compiler.is_compiling():  # compiled autograd
+            from seqparc.runtime import traced
+
+            return traced.backward(ctx, grads, tensors, room)
         if not plain([g for g in grads if g is not None]) or batched(grads):  # traced, or many gradients at once
             from seqparc.runtime.lifted import backward
 

@@ -6,6 +6,7 @@ graph as anything does, and the recurrence between them is one operator. This is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from seqparc import signature as sig
 from seqparc.errors import SeqparcError
 from seqparc.runtime.calls import MODULES
-from seqparc.runtime.engine import Engine
+from seqparc.runtime.engine import Engine, whole
+from seqparc.runtime.lifted import split
 from seqparc.runtime.module import CompiledRNN
+from seqparc.runtime.operator import number, solve_backward
 from seqparc.surroundings import holding, places
 
 
@@ -79,3 +82,17 @@ def _through(at: int, tensors: list[Tensor], training: list[bool], given: dict[s
     by = {id(own): t for own, t in zip((*module.parameters(), *module.buffers()), tensors, strict=True)}
     with holding([(table, name, by[id(own)]) for table, name, own in places(module.modules())]):
         return module.compute(**given, admit=admit)
+
+
+def backward(ctx: Any, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], room: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The backward of an eager call as compiled autograd traces it."""
+    start, streams, params = split(tensors, ctx.counts)
+    states = [r.narrow(1, 1, r.shape[1] - 1) for r in room]
+    given = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, (*states, *start), strict=True)]
+    given[len(start) :] = [whole(given[len(start) :])]
+    return None, None, None, *solve_backward(start, states, streams, params, given, _number_of(ctx.engine))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _number_of(engine: Engine) -> int:
+    return number(engine)
