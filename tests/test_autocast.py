@@ -163,3 +163,23 @@ def test_x_of_another_dtype(dtype: torch.dtype, of_x: torch.dtype) -> None:
             gru(x)
         with pytest.raises(ValueError, match="does not match weight dtype"):
             seqparc.compile(nn.GRU(5, 5).to(dtype))(x)
+
+
+class Unknown(Plain):
+    """With an operation that is called as it is, in all chunks at once."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        v = self.w(x) + self.u(h)
+        return torch.linalg.qr(v.float()[:, :, None] * torch.ones(5) + torch.eye(5))[1].diagonal(0, -1, -2).tanh()
+
+
+def test_a_cell_that_is_called_itself_is_called_under_autocast() -> None:
+    rnn, x = seqparc.compile(Unknown()), torch.randn(2, 12, 3).requires_grad_()
+    wanted = [x, *rnn.parameters()]
+    for dtype in (torch.bfloat16, None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            right = loop(rnn.cell, x, torch.zeros(2, 5))
+            with pytest.warns(seqparc.SeqparcWarning, match="by calls of the cell"):
+                mine = rnn(x)
+        torch.testing.assert_close(mine, right)  # the very casts of the loop
+        agree(mine, right, torch.bfloat16, wanted)
