@@ -265,7 +265,7 @@ def test_parameters_that_are_not_there_yet() -> None:
     same(rnn, x)
 
 
-@every
+@pytest.mark.parametrize("name", ["LSTM layer"])
 def test_compiled_autograd(name: str) -> None:
     """Of an eager call: what Dynamo traces of its backward is the operator, not the compiler."""
     torch._dynamo.reset()
