@@ -7,7 +7,7 @@ Anything else that differs means the cell has the batch size (or the values) bak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,7 +105,45 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
         for i, node in enumerate(nodes):
             node.meta.update(key=(role, i), kind=role)
     classify(graph)
-    return Graph(graph, inputs[:n_x], inputs[n_x:], outputs[:n_out], outputs[n_out:], first.attributes, batch, sizes)
+    whole = {made[a] for a, b in zip(nodes_a, nodes_b, strict=True) if a in made and _shape(a) == _shape(b) is not None}
+    found = Graph(graph, inputs[:n_x], inputs[n_x:], outputs[:n_out], outputs[n_out:], first.attributes, batch, sizes)
+    _keep_samples_apart(found, whole)
+    return found
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    """Of a value that holds something."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) and value.numel() else None
+
+
+def _keep_samples_apart(graph: Graph, whole: set[fx.Node]) -> None:
+    """Raises TraceError where something made of x, or of the state for an output alone, is the same for all samples, being in `whole`.
+
+    Lowering follows samples through the core. The rest is run over all steps at once, where samples that meet would meet those of other
+    steps as well; such a value may matter only now and then, and need not show when results are compared.
+    """
+    empty = {n for n in graph.graph.nodes if _holds_nothing_of(n)}
+    core, read = set(_order(graph.next, ())), _order((*graph.out, *graph.next), empty)
+    for node in read:
+        outside = node.meta["kind"] == "x" or (node.meta["kind"] == "state" and node not in core)
+        if outside and node in whole - empty:
+            raise mixes(node)
+
+
+def _holds_nothing_of(node: fx.Node) -> bool:
+    """Whether a node takes no more than shape and kind from what it is given."""
+    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    return name.startswith("new_") or name.endswith("_like")
+
+
+def mixes(node: fx.Node | None) -> TraceError:
+    """The error of an operation that brings samples together."""
+    where, what = (node.meta.get("src"), f" ({node.target})") if node is not None else (None, "")
+    return TraceError(
+        f"{where or 'the cell'}{what}: one sample of the batch reads another. Cells must treat each sample by itself; a statistic "
+        "over the batch belongs outside the cell."
+    )
 
 
 def _baked(node: fx.Node, a: Any, b: Any, sizes: tuple[int, int]) -> TraceError:
@@ -161,7 +199,7 @@ def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
     return Piece(inputs, module.forward, module.code, [n for n in operations if "val" in n.meta])
 
 
-def _order(outputs: Iterable[fx.Node], stops: dict[fx.Node, Key]) -> list[fx.Node]:
+def _order(outputs: Iterable[fx.Node], stops: Container[fx.Node]) -> list[fx.Node]:
     needed: set[fx.Node] = set()
     stack = list(outputs)
     while stack:

@@ -13,6 +13,7 @@ from torch import fx
 
 from seqparc import ir
 from seqparc.errors import TraceError
+from seqparc.graphs import mixes
 from seqparc.ir import Value
 
 Ints = NDArray[np.integer[Any]]
@@ -62,12 +63,7 @@ class Layouts:
         return elem.reshape(batch.shape), rows
 
     def _mixes(self) -> TraceError:
-        where = self.node.meta.get("src") if self.node else None
-        what = f" ({self.node.target})" if self.node else ""
-        return TraceError(
-            f"{where or 'the cell'}{what}: one sample of the batch reads another. Cells must treat each sample by itself; a statistic "
-            "over the batch belongs outside the cell."
-        )
+        return mixes(self.node)
 
     def _join(self, shape: tuple[int, ...], tensors: Sequence[Laid]) -> tuple[Ints | None, list[Ints]]:
         """Broadcast to a shape: the common batch layout, and each operand's elements in the order of the new value."""

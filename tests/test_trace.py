@@ -87,9 +87,15 @@ def test_lines_and_attributes_are_the_users() -> None:
     assert sources and all(s.file == __file__ for s in sources)
 
 
-def graph_of(step: Callable[[Tensor, Tensor], Tensor], sizes: tuple[int, int] = (3, 5), n: int = 4) -> Graph:
-    traces = [record(lambda x, h: [step(x, h)], [torch.randn(b, n), torch.randn(b, n)], {id(WEIGHT): "weight"}) for b in sizes]
-    return unify(traces[0], traces[1], sizes, (1, 1, 0))
+def graph_of(step: Callable[[Tensor, Tensor], Any], sizes: tuple[int, int] = (3, 5), n: int = 4) -> Graph:
+    """Of a step that gives its next state, or [outputs ..., next state]."""
+
+    def results(x: Tensor, h: Tensor) -> list[Tensor]:
+        found = step(x, h)
+        return found if isinstance(found, list) else [found]
+
+    traces = [record(results, [torch.randn(b, n), torch.randn(b, n)], {id(WEIGHT): "weight"}) for b in sizes]
+    return unify(traces[0], traces[1], sizes, (1, 1, len(traces[0].outputs) - 1))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -155,3 +161,15 @@ def test_a_sample_that_reads_another_is_refused() -> None:
         lower(graph_of(lambda x, h: h + h.mean(0, keepdim=True) + x))
     with pytest.raises(TraceError, match="one sample of the batch reads another"):
         lower(graph_of(lambda x, h: torch.roll(h, 1, 0) + x))
+
+
+def test_samples_stay_apart_outside_the_core_too() -> None:
+    where = r"test_trace.py.*\(aten.all.default\): one sample of the batch reads another"
+    with pytest.raises(TraceError, match=where):  # which no comparison of ordinary numbers shows
+        graph_of(lambda x, h: h + torch.where(torch.all(x == 0), 1.0, x))
+    with pytest.raises(TraceError, match=where):
+        graph_of(lambda x, h: [torch.where(torch.all(h > 0), 1.0, h), torch.tanh(h + x)])
+
+
+def test_what_only_has_the_shape_of_something_reads_no_sample() -> None:
+    graph_of(lambda x, h: torch.tanh(x + h) + torch.zeros_like(x[0]) + x.mean(0).new_ones(4))
