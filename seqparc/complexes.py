@@ -1,13 +1,13 @@
 """Complex numbers in the core: a complex tensor is a pair of real ones, and every operation on it is written in real arithmetic.
 
 Operations that only move or add numbers are lowered twice, once for each part. What the core takes from outside stays complex there:
-its two parts are taken where it comes in. States are real by then (`runtime.paired`), so gradients follow torch's conventions, as
+its two parts are taken where it comes in. States are real by then (`runtime.derived`), so gradients follow torch's conventions, as
 those of `view_as_real` and `view_as_complex` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,21 +17,14 @@ from torch import fx
 from seqparc import ir
 from seqparc.errors import UnsupportedOpError
 from seqparc.layout import Laid, Pair
-from seqparc.lower import COMPLEX, STRUCTURAL, Lowering
+from seqparc.lower import COMPLEX, STRUCTURAL, Lowering, registers
 from seqparc.ops import OPS, SPLITS, VIEWS
 
 #: A part of a complex number; None: the imaginary part of what is real, which takes part in nothing.
 Part = Laid | float | None
-Handler = Callable[..., Any]
 
 
-def lowers(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        for name in names:
-            COMPLEX[f"aten.{name}" if "." in name else f"aten.{name}.default"] = handler
-        return handler
-
-    return register
+lowers = registers(COMPLEX)
 
 
 # -- real arithmetic that leaves out what is not there ---------------------------------------------------------------------

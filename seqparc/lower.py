@@ -199,7 +199,9 @@ class Lowering(Layouts):
         if kind == "const" and node.op != "placeholder" and not is_view:
             return self._constant(node)
         if kind in ("param", "x") and not is_view and not (self.folding and worth_folding(node)):
-            if kind == "param" or not isinstance(val, torch.Tensor) or (val.dim() and val.shape[0] == self.graph.batch_sizes[0]):
+            if self.unknown is not None and kind == "x" and node.op != "placeholder":  # all of an opaque cell runs over all rows
+                return self._operation(node)
+            if kind == "param" or _batch_first(val, self.graph.batch_sizes[0]):
                 return self._frontier(node, kind, val)
             # Its samples lie along another axis, as the core can follow and a stream cannot.
             try:
@@ -213,10 +215,13 @@ class Lowering(Layouts):
 
     def _operation(self, node: fx.Node) -> Any:
         """A node in the core; where its operation is not known, what may stand for it."""
+        if self.unknown is None or self.part is not None:
+            return self._known(node)
+        self.lower(node.all_input_nodes)  # what is refused in there stays so
         try:
             return self._known(node)
         except UnsupportedOpError:
-            if self.unknown is None or self.part is not None or not self.unknown(node):
+            if not self.unknown(node):
                 raise
             return self._any(node)
 
@@ -353,6 +358,11 @@ class Lowering(Layouts):
         return None
 
 
+def _batch_first(value: Any, batch: int) -> bool:
+    """Whether the first axis of a value is the batch; said of what is no tensor as well, which has no axes."""
+    return not isinstance(value, torch.Tensor) or (value.dim() > 0 and value.shape[0] == batch)
+
+
 def _is_complex(node: fx.Node) -> bool:
     """Whether a node's value is complex, or is several of which one is."""
     value = node.meta.get("val")
@@ -376,7 +386,22 @@ def _is_param(value: Value) -> bool:
     return bool(found) and all(v.kind == "param" for v in found)
 
 
-#: ATen overload -> handler(lowering, node, *static args): operations that are neither rows nor plain views.
-STRUCTURAL: dict[str, Callable[..., Any]] = {}
+#: What lowers an operation: called with the lowering, the node and its static arguments.
+Handler = Callable[..., Any]
+#: ATen overload -> handler: operations that are neither rows nor plain views.
+STRUCTURAL: dict[str, Handler] = {}
 #: The same for operations that take or give complex numbers.
-COMPLEX: dict[str, Callable[..., Any]] = {}
+COMPLEX: dict[str, Handler] = {}
+
+
+def registers(table: dict[str, Handler]) -> Callable[..., Callable[[Handler], Handler]]:
+    """A decorator that puts a handler into a table, under the names of the operations it lowers."""
+
+    def lowers(*names: str) -> Callable[[Handler], Handler]:
+        def register(handler: Handler) -> Handler:
+            table.update({f"aten.{name}" if "." in name else f"aten.{name}.default": handler for name in names})
+            return handler
+
+        return register
+
+    return lowers

@@ -6,7 +6,6 @@ Compositions are written out in terms of rows, folds and products, in the order 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,9 @@ import torch
 
 from seqparc.errors import UnsupportedOpError
 from seqparc.layout import Laid
-from seqparc.lower import STRUCTURAL, Lowering
+from seqparc.lower import STRUCTURAL, Lowering, registers
 
-Handler = Callable[..., Any]
-
-
-def lowers(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        for name in names:
-            STRUCTURAL[f"aten.{name}" if "." in name else f"aten.{name}.default"] = handler
-        return handler
-
-    return register
+lowers = registers(STRUCTURAL)
 
 
 # -- arithmetic with extra arguments -------------------------------------------------------------------------------------

@@ -73,7 +73,11 @@ def all_zero(x: Tensor, h: Tensor) -> Tensor:  # which chunks other than the fir
     return torch.where(torch.all(h == 0), x, torch.tanh(0.5 * h + x))
 
 
-@pytest.mark.parametrize("cell", [over_rows, all_zero])
+def inputs_over_rows(x: Tensor, h: Tensor) -> Tensor:
+    return torch.tanh(x.logcumsumexp(0) + torch.erfinv(0.5 * torch.tanh(h)))
+
+
+@pytest.mark.parametrize("cell", [over_rows, all_zero, inputs_over_rows])
 def test_samples_that_see_each_other_run_as_the_loop(cell: Any) -> None:
     rnn = seqparc.compile(cell)
     x, h = torch.randn(B, T, N), torch.zeros(B, N)
@@ -85,3 +89,19 @@ def test_samples_that_see_each_other_run_as_the_loop(cell: Any) -> None:
 def test_a_known_operation_beside_an_unknown_one_may_not_mix_samples() -> None:
     with pytest.raises(seqparc.TraceError, match="one sample of the batch reads another"):
         seqparc.compile(lambda x, h: torch.erfinv(0.5 * torch.tanh(h - h.mean(0))) + x)(torch.randn(B, T, N), torch.zeros(B, N))
+
+
+def test_known_operations_on_the_input_may_not_mix_samples_either() -> None:
+    def cell(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(x + torch.softmax(x, 0) + torch.erfinv(0.5 * torch.tanh(h)))
+
+    with pytest.raises(seqparc.TraceError, match=r"test_opaque.py.*one sample of the batch reads another"):
+        seqparc.compile(cell)(torch.randn(B, T, N), torch.zeros(B, N))
+
+
+def test_what_is_refused_before_an_unknown_operation_stays_refused() -> None:
+    def cell(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(x + torch.erfinv(0.5 * torch.softmax(h, 0)))
+
+    with pytest.raises(seqparc.TraceError, match=r"test_opaque.py.*one sample of the batch reads another"):
+        seqparc.compile(cell)(torch.randn(B, T, N), torch.zeros(B, N))
