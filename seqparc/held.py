@@ -26,13 +26,17 @@ def owners(cell: Any) -> dict[str, Any]:
     owner = cell if isinstance(cell, nn.Module) else getattr(cell, "__self__", cell)
     if isinstance(owner, nn.Module):
         return {name + "." if name else "": m for name, m in owner.named_modules()}
-    return {"": owner} if hasattr(owner, "__dict__") and not callable(getattr(owner, "__code__", None)) else {}
+    return {"": owner} if hasattr(owner, "__dict__") else {}
 
 
 def attributes(cell: Any) -> dict[str, Any]:
     """What a cell holds now, parameters aside: plain attributes, buffers, and what a module's own dicts show as attributes."""
+    return _attributes(owners(cell))
+
+
+def _attributes(owned: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for prefix, owner in owners(cell).items():
+    for prefix, owner in owned.items():
         places: list[Mapping[str, Any]] = [vars(owner)]
         if isinstance(owner, nn.Module):
             inner = [v for k, v in vars(owner).items() if isinstance(v, dict) and k.startswith("_") and k not in _INTERNAL]
@@ -45,29 +49,25 @@ def attributes(cell: Any) -> dict[str, Any]:
     return found
 
 
-def put(cell: Any, values: Mapping[str, Any]) -> None:
-    """Set attributes by their names."""
-    for name, value in values.items():
-        setattr(*_place(cell, name), value)
-
-
 def call(cell: Any, args: Sequence[Any], keywords: Mapping[str, Any], state: Mapping[str, Any], leave: bool = False) -> Any:
     """(what the cell returns, {name: what it holds then}) when it holds this state before; it is put back unless it is to be left so."""
-    before = attributes(cell)
-    put(cell, state)
+    owned = owners(cell)
+    before = {} if leave else _attributes(owned)
+    for name, value in state.items():
+        setattr(*_place(owned, name), value)
     try:
         result = cell(*args, **keywords)
-        after = attributes(cell)
-        return result, {name: after.get(name) for name in state}
+        return result, {name: getattr(*_place(owned, name), None) for name in state}
     finally:
-        if not leave:
-            put(cell, {n: v for n, v in before.items() if getattr(*_place(cell, n), None) is not v})
+        for name, value in before.items():
+            if getattr(*_place(owned, name), None) is not value:
+                setattr(*_place(owned, name), value)
 
 
-def _place(cell: Any, name: str) -> tuple[Any, str]:
+def _place(owned: Mapping[str, Any], name: str) -> tuple[Any, str]:
     """The object that an attribute is on, and its name there."""
     prefix, _, last = name.rpartition(".")
-    return owners(cell)[prefix + "." if prefix else ""], last
+    return owned[prefix + "." if prefix else ""], last
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from seqparc import held
 from seqparc.convention import HELP, Convention, Order, orders, parameters_of
+from seqparc.draws import seed
 from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
 from seqparc.tree import Structure, describe, flatten, seen
 
 #: The batch at which a cell is tried with None: no tuple of states is as long, so it cannot be unpacked in a tuple's place.
 TRIAL_BATCH = 7
+
 
 def rows_of(leaves: Sequence[Tensor], rows: int) -> list[Tensor]:
     """The same samples as a batch of another size, in memory of their own."""
@@ -37,6 +39,7 @@ def checked(tree: Any, batch: int, what: str, error: type[SeqparcError]) -> tupl
 
 #: What a signature says: the arguments, the ways to read what comes back, the number of state arguments.
 Declared = tuple[Order, list[str], int]
+
 
 def match(
     cell: Any, name: str, x: list[Tensor], inputs: Structure, state: list[Tensor], structure: Structure, declared: Declared | None
@@ -107,8 +110,8 @@ def no_room(cell: Any, name: str, inputs: Structure, state: Structure | None) ->
     parameters = parameters_of(cell)
     if len(parameters.positional) + len(parameters.keyword) <= 1:
         return (
-            f"cell {name}{parameters} takes no state. If it keeps its state on itself (self.h = ...), have it passed in and returned "
-            "instead: forward(x, state) -> state, or -> (out, state)."
+            f"cell {name}{parameters} takes no state. If it keeps its state on itself (self.h = ...), the attribute must be there before "
+            "the first call: None, a number, or a tensor [batch, ...]. Or have it passed in and returned: forward(x, state) -> state."
         )
     return f"cell {name}{parameters} has no place for x {inputs} and state {state or 'tensor'}, or needs more than these. {HELP}"
 
@@ -154,10 +157,10 @@ def refuse_more(cell: Any, way: Convention, name: str, x: list[Tensor], state: l
     """Raises StateError where the cell keeps more on itself from step to step than the state that is known, and uses it."""
     with held.untouched(cell, x):
         watch, results = held.Watch(cell), []
-        torch.manual_seed(0)
+        seed(x[0].device)
         state = [s + torch.rand_like(s) if s.is_floating_point() else s for s in state]  # zeros would hide what multiplies them
         for _ in range(2):
-            torch.manual_seed(0)
+            seed(x[0].device)
             try:
                 results.append(way.invoke(cell, [t.clone() for t in x], [t.clone() for t in state], leave=True))
             except Exception:  # a state that the cell cannot have; what is compiled is compared with the cell anyhow

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from seqparc import held
 from seqparc.convention import Convention, Order, called, declared_order, orders, parameters_of
+from seqparc.draws import seed
 from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
 from seqparc.matching import TRIAL_BATCH, Declared, alike, checked, match, match_held, no_room, refuse_more, rows_of, trial, x_only
 from seqparc.tree import LEAF, Structure, describe, flatten
@@ -233,7 +234,7 @@ def held_state(cell: Any, x: list[Tensor], inputs: Structure) -> dict[str, Any] 
         way = Convention(words, LEAF, inputs)
         with held.untouched(cell, x):
             before, watch = held.attributes(cell), held.Watch(cell)
-            torch.manual_seed(0)
+            seed(x[0].device)
             try:
                 result = way.invoke(cell, [t.clone() for t in x], [])
                 flatten(result)
@@ -247,7 +248,7 @@ def held_state(cell: Any, x: list[Tensor], inputs: Structure) -> dict[str, Any] 
         structure = flatten(start)[1]
         same = Convention(words, structure, inputs, "out, state", held=structure.names)
         with held.untouched(cell, x), held.Used() as used:
-            torch.manual_seed(0)
+            seed(x[0].device)
             given = {n: structure_of.unflatten([t.clone() for t in leaves]) for n, (leaves, structure_of) in _parts(start).items()}
             again = same.invoke(cell, [t.clone() for t in x], flatten(given)[0])
         read = {n: start[n] for n in start if used.reads(given[n])}
