@@ -48,7 +48,7 @@ def marked(rows: list[Row]) -> pytest.MarkDecorator:
 def test_a_public_cell_is_its_plain_loop(row: Row) -> None:
     present(row)
     subject = Subject.of(row, batch=3, steps=37, **OPTIONS)
-    mine, right = subject.results(subject.rnn), subject.results(subject.rnn.sequential)
+    mine, right = subject.results(subject.rnn), subject.results(subject.plain)
     assert all(t.double().std() > 0 for name, t in right.items() if name.startswith("y"))  # else there would be nothing to compare
     bounds = {name: GRADIENTS if name.startswith("d") else VALUES for name in right}
     assert {name: e for name, e in errors(mine, right).items() if not e <= bounds[name]} == {}

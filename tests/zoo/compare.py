@@ -14,6 +14,7 @@ import seqparc
 from seqparc.passes.dependency import Structure
 from seqparc.tree import flatten
 
+from .plain import loop
 from .rows import Row
 
 Run = Callable[[Any, Any], tuple[Any, Any]]
@@ -34,6 +35,10 @@ class Subject:
         cell = row.cell()
         x, state = row.example(batch, steps)
         return cls(row, seqparc.compile(cell, options=options, name=row.title), x, state)
+
+    def plain(self, x: Any, state: Any) -> tuple[Any, Any]:
+        """The plain loop over the cell itself."""
+        return loop(self.rnn.cell, self.rnn.understand(x, state)[1], x, state, self.row.writes)
 
     def results(self, run: Run) -> dict[str, Tensor]:
         """The outputs and last states of a run, and the gradients of x, the start state and every parameter, by name."""

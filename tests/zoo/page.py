@@ -90,13 +90,13 @@ def _figures(subject: Subject) -> Found:
         _seconds(subject, rnn, both=False)
         _seconds(subject, rnn, both=True)
     forward, both = ([_seconds(subject, rnn, both=b) for _ in range(REPEATS)] for b in (False, True))
-    eager = [_seconds(subject, rnn.sequential, both=b) for b in (False, True)]
+    eager = [_seconds(subject, subject.plain, both=b) for b in (False, True)]
     engine = rnn.engine()
     assert not isinstance(engine, str) and engine is not None
     plan = engine.plan
     short = Subject.of(row, 3, 37)
-    off = errors(short.results(short.rnn), short.results(short.rnn.sequential))
-    trained = any(t.requires_grad for t in flatten(rnn.sequential(*_asking(short)))[0])
+    off = errors(short.results(short.rnn), short.results(short.plain))
+    trained = any(t.requires_grad for t in flatten(short.plain(*_asking(short)))[0])
     return Found(
         row,
         lanes=plan.program.lanes,

@@ -33,6 +33,7 @@ class Row:
     call       (cell, x, state) -> (out, state), where the cell itself is not called as x, state; of three lines at most
     pack       makes the package's own state from its tensors
     given      changes the normal random numbers that x is made of, where they would be no input
+    writes     whether the cell writes into its input
     refused    what the error says, where a cell cannot be run in parallel
     missing    why the package does not give the cell
     """
@@ -46,6 +47,7 @@ class Row:
     call: Callable[[Any, Any, Any], Any] | None = None
     pack: Callable[..., Any] | None = None
     given: Callable[..., Any] | None = None
+    writes: bool = False
     refused: str = ""
     missing: str = ""
 

@@ -48,7 +48,7 @@ XLSTM = (
     Xlstm("sLSTM, pointwise part", lambda: pointwise.slstm_forward_pointwise, ((32,), (32,)), ((4, 8), (32,)),
           call=slstm_gates, refused=DECIDES),
     Xlstm("mLSTMCell", lambda: mlstm.mLSTMCell(mlstm.mLSTMCellConfig(context_length=16, embedding_dim=8, num_heads=2)),
-          (H, H, H), ((2, 4, 4), (2, 4, 1), (2, 1, 1)), "2 triangular blocks of 21", mlstm_step),
+          (H, H, H), ((2, 4, 4), (2, 4, 1), (2, 1, 1)), "2 triangular blocks of 21", mlstm_step, writes=True),
     Xlstm("mLSTMLayer", lambda: layers.mLSTMLayer(layers.mLSTMLayerConfig(
         embedding_dim=8, context_length=16, num_heads=2, round_proj_up_to_multiple_of=8, conv1d_kernel_size=4, qkv_proj_blocksize=4
     )), (H,), ((2, 8, 8), (2, 8, 1), (2, 1, 1), (4, 16)), "triangular", mlstm_layer_step),
