@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from seqparc.options import Options
 from seqparc.plan import Choice
@@ -53,7 +54,8 @@ def choose(
     if chunks == 1:
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
     if options.strategy == "auto" and passes * (steps // chunks) + guess >= steps:
-        return Choice("sequential", 1, 0, ("none",), (*reasons, f"earlier runs took {passes} passes of {chunks} chunks"))
+        why = "earlier runs did not converge" if passes == math.inf else f"earlier runs took {passes} passes of {chunks} chunks"
+        return Choice("sequential", 1, 0, ("none",), (*reasons, why), given_up=True)
     if affine and offered[0] == "exact" and update == "auto" and guess * per_warmup > steps // chunks:
         update = "exact"
         reasons.append("linear in the state, so one exact update is right and no guess is needed")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from seqparc import ir
 from seqparc.errors import SeqparcError, ToolchainError
+from seqparc.forgetting import forgetting
 from seqparc.passes import derivative, symbolic
 from seqparc.plan import Plan, Stats
 from seqparc.report import rendered
@@ -96,6 +97,9 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
     sections = [("split", _split(plan)), ("state Jacobian", _structure(plan))]
     if plan.stages:
         sections = [("stages", _stages(plan)), ("state Jacobian", _structure(plan))]
+    if x is not None:
+        leaves, convention, start = rnn.understand(x, state)
+        sections.append(("memory", forgetting(rnn.cell, convention, leaves, start).lines()))
     for suffix, part in engine.parts:
         shown = _entries(part.plan)
         sections += [

@@ -87,13 +87,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decision for one run. `updates`: the first is made until the gap falls too slowly, then the next."""
+    """The decision for one run.
+
+    updates: the first is made until the gap falls too slowly, then the next; given_up: sequential because passes did not pay.
+    """
 
     strategy: str
     chunks: int
     warmup: int
     updates: tuple[str, ...]
     reasons: tuple[str, ...]
+    given_up: bool = False
 
 
 class Setting(NamedTuple):
@@ -105,10 +109,34 @@ class Setting(NamedTuple):
 
 
 @dataclass
+class History:
+    """Over all calls of an engine in one direction, since it was made.
+
+    passes: of all calls together; fallbacks: calls that the sequential kernel finished; given_up: those that it ran from the start because
+    earlier ones had shown that passes do not pay; gap: the worst at the end of a call that converged. Of runs on a GPU that nobody watches
+    only those show there that were looked at.
+    """
+
+    calls: int = 0
+    passes: int = 0
+    fallbacks: int = 0
+    given_up: int = 0
+    gap: float = 0.0
+
+    def add(self, passes: int, gap: float, converged: bool, given_up: bool) -> None:
+        self.calls += 1
+        self.passes += passes
+        self.fallbacks += not converged
+        self.given_up += given_up
+        if converged and gap > self.gap:
+            self.gap = gap
+
+
+@dataclass
 class Stats:
     """Of the last call.
 
-    gap: the largest move of a chunk's start state at the end, relative to its magnitude; gaps: after each pass.
+    gap: the largest move of a chunk's start state at the end, relative to its magnitude; gaps: after each pass; history: of all calls.
     """
 
     backend: str = ""
@@ -124,6 +152,7 @@ class Stats:
     fallback: str | None = None
     reasons: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    history: History = field(default_factory=History)
     backward: Stats | None = None
 
 

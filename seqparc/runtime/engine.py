@@ -21,7 +21,7 @@ from torch import Tensor
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
 from seqparc.options import Options
-from seqparc.plan import Choice, Plan, Stats, combined
+from seqparc.plan import Choice, History, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
@@ -74,6 +74,10 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
+        self.history = {"forward": History(), "backward": History()}
+        self.converged: set[Shape] = set()  # shapes that did in chunks, once at least
+        self.name = "the cell"
+        self.warned = False  # that it has become sequential
         self.changed: Callable[[], bool] = lambda: False  # whether the cell is another than the one that was traced
         self.tuner = Tuner(options)
         self._indices: dict[Any, Tensor] = {}
@@ -148,6 +152,14 @@ class Engine:
             if len(self._decided) > 256:
                 self._decided.clear()
             decided = self._decided[key] = choice, cut, shape
+            if choice.given_up and passes == math.inf and shape in self.converged and not self.warned:
+                self.warned = True
+                message = (
+                    f"{self.name} has become sequential: its {direction} runs of {steps} steps used to converge in parallel and no longer "
+                    f"do ({self.last[direction][3].seen().fallback}). Results are exact as before; it is tried again every {RETRY} calls. "
+                    "rnn.stats.history has counts, rnn.explain(x) says how far the cell remembers."
+                )
+                warnings.warn(message, SeqparcWarning, stacklevel=2)
         return decided
 
     def correction(self, direction: str, device: torch.device, update: str) -> tuple[Kernel, np.ndarray]:
@@ -171,6 +183,7 @@ class Engine:
         if passes:
             outcome: Outcome = solve_alone(p, cut, passes)
             if not self.capturing():  # a graph's figures are those of its last replay, and teach nothing
+                self.history[direction].calls += 1
                 self.sure[shape] = cut, passes, outcome
                 if alike is not None and self.tuner.searching:
 
@@ -203,6 +216,7 @@ class Engine:
         # To look costs as much as a launch, so after the first runs it is done now and then.
         look = isinstance(before, Unseen) and (before.worst is None or self.unwatched < 4 or self.unwatched % LOOK == 0)
         if look and before.ready() and not before.seen().converged:
+            self.history[shape[0]].fallbacks += 1
             del self.sure[shape]  # to be watched again, and learnt from
             return 0
         return passes if known is cut else 0
@@ -213,8 +227,11 @@ class Engine:
         outcome = solve(p, cut)
         if not options.deterministic and options.warmup is None:
             self._learn(shape, choice, cut.spans.longest, outcome)
+        if outcome.converged and len(cut.spans) > 1:
+            self.converged.add(shape)
         if outcome.converged and outcome.update == "none" and outcome.passes <= MOST_PASSES:
             self.sure[shape] = cut, outcome.passes, outcome
+        self.history[shape[0]].add(outcome.passes, outcome.gap, outcome.converged, choice.given_up)
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {shape[0]} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
@@ -239,6 +256,7 @@ class Engine:
             backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.spans.longest, warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
             fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
+            history=replace(self.history[direction]),
         )  # fmt: skip
 
     def _learn(self, shape: Shape, choice: Choice, length: int, outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from seqparc.runtime.driver import Outcome
@@ -42,9 +43,11 @@ class Experience:
         cost = passes * length + warmup
         if self.settled:
             self.passes = passes
-        elif outcome.gaps[0] * WORTH <= self.gap or cost * CHEAPER <= self.cost:
+        elif outcome.gaps[0] * WORTH <= self.gap or cost * CHEAPER <= min(self.cost, sys.float_info.max):
             self.warmup, self.gap, self.cost = max(1, warmup) * 2, outcome.gaps[0], cost
         else:
             self.warmup, self.settled = max(1, warmup) // 2, True
+            if not outcome.converged:  # neither of two warm-ups does
+                self.passes = passes
             floor = max(self.gap, outcome.gaps[0])
             self.floor = min(2 * floor, most) if floor <= most else 0.0

@@ -330,7 +330,7 @@ class CompiledRNN(nn.Module):
                     warnings.warn(message, SeqparcWarning, stacklevel=4)
             if isinstance(engine, Engine):
                 for _, part in engine.parts:
-                    part.changed = self._watch()
+                    part.changed, part.name = self._watch(), self.name
                 if engine.plan.step is not None and (cell is self.cell or isinstance(cell, Derived)):
                     why = engine.plan.own_gradient[0]
                     message = f"{self.name} runs on the torch backend, by calls of the cell for all chunks at once. {why}"

@@ -1,0 +1,181 @@
+"""Hard dynamics: what it takes, and what it costs where it does not pay. `python benchmarks/robustness.py`.
+
+Every row is a cell whose memory is long, infinite, chaotic, oscillating, unstable or broken by jumps. Shown are the passes, the gap and who
+finished; the time of the first call and of later ones against `strategy="sequential"` in the same run; and errors against float64 beside
+the plain loop's own. The last columns are `strategy="newton"`: chunks of one step, as DEER has it. Writes benchmarks/out/robustness.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+from dynamics import DYNAMICS, Dynamics  # noqa: E402
+from measure import machine  # noqa: E402
+
+import seqparc  # noqa: E402
+from seqparc.tree import flatten  # noqa: E402
+
+#: A call of a cell that does not parallelise may cost this many times what the sequential kernel does.
+MOST = 1.3
+#: An error is the plain loop's own up to this factor, or this many units in the last place of the largest number.
+FACTOR, UNITS = 4.0, 16
+#: Calls before those that are timed.
+SETTLING = 6
+
+
+class Subject:
+    """One dynamics under one strategy."""
+
+    def __init__(self, dynamics: Dynamics, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.rnn = seqparc.compile(dynamics.make(), state=dynamics.state, options=options)
+        self.x = dynamics.x(torch.Generator().manual_seed(1))
+
+    def call(self, both: bool, steps: int | None = None) -> float:
+        """Seconds of a call: forward alone, or with the gradients of x and every parameter."""
+        x = self.x[:, :steps].detach().clone().requires_grad_(both)
+        weights = [p for p in self.rnn.parameters() if p.requires_grad]
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(both):
+            y = flatten(self.rnn(x)[0])[0][0]
+            if both:
+                torch.autograd.grad(y, [x, *weights], torch.ones_like(y), allow_unused=True)
+        return time.perf_counter() - begin
+
+    def told(self) -> dict[str, Any]:
+        """What the last call did, by direction."""
+        s = self.rnn.stats
+        parts = {"forward": s, "backward": s.backward}
+        return {
+            name: {"strategy": p.strategy, "chunks": p.chunks, "update": p.update, "passes": p.passes, "gap": p.gap, "fallback": p.fallback}
+            for name, p in parts.items() if p is not None
+        }  # fmt: skip
+
+
+def outputs(rnn: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return flatten(rnn(x)[0])[0][0].double()
+
+
+def apart(y: Tensor, right: Tensor) -> float:
+    """The largest difference, relative to the largest number; infinite where NaN or infinity stands elsewhere."""
+    if not torch.equal(y.isfinite(), right.isfinite()):
+        return float("inf")
+    there = right.isfinite()
+    scale = right[there].abs().max() if there.any() else torch.ones(())
+    return float(((y - right)[there].abs().max() / scale.clamp_min(1e-300)) if there.any() else 0.0)
+
+
+def look(d: Dynamics, repeats: int, shorter: int) -> dict[str, Any]:
+    """One row."""
+    plain, auto, newton = Subject(d, strategy="sequential"), Subject(d), Subject(d, strategy="newton")
+    steps = plain.x.shape[1]
+    row: dict[str, Any] = {"dynamics": d.name, "shape": list(plain.x.shape)}
+    for s in (plain, auto, newton):  # kernels are made for shorter sequences, of which nothing is learnt for these
+        for _ in range(3):
+            s.call(True, steps // shorter)
+    for both in (False, True):
+        what = "fwd+bwd" if both else "fwd"
+        first, now = auto.call(both), auto.told()
+        for _ in range(SETTLING):
+            plain.call(both), auto.call(both)
+        times = [(plain.call(both), auto.call(both)) for _ in range(repeats)]
+        sequential, mine = (statistics.median(column) for column in zip(*times, strict=True))
+        row[what] = {
+            "sequential_ms": 1000 * sequential, "first": first / sequential, "settled": mine / sequential, "at_first": now,
+            "then": auto.told(),
+        }  # fmt: skip
+    row["newton"] = {"times": newton.call(True) / sequential, **newton.told()["forward"]}
+    x = plain.x
+    loop = outputs(plain.rnn.sequential, x)
+    start = None if d.state is None else tree_map(Tensor.double, d.state)
+    right = outputs(seqparc.compile(plain.rnn.cell.double(), state=start, options={"strategy": "sequential"}), x.double())
+    plain.rnn.cell.float()
+    mine = outputs(auto.rnn, x)
+    row["errors"] = {"apart": apart(mine, loop), "loop": apart(loop, right), "seqparc": apart(mine, right)}
+    row["nan_alike"] = bool(torch.equal(mine.isfinite(), loop.isfinite()))
+    return row
+
+
+def verdicts(row: dict[str, Any]) -> list[str]:
+    """What a row promises and does not keep."""
+    found = [
+        f"{what}: {row[what]['settled']:.2f} × sequential" for what in ("fwd", "fwd+bwd") if row[what]["settled"] > MOST
+    ]
+    e = row["errors"]
+    if not e["seqparc"] <= max(FACTOR * e["loop"], UNITS * torch.finfo(torch.float32).eps):
+        found.append(f"error {e['seqparc']:.1e}, the loop's {e['loop']:.1e}")
+    return found + ["NaN or infinity elsewhere"] * (not row["nan_alike"])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    made = Table(title="hard dynamics; times are multiples of strategy=\"sequential\"", title_justify="left")
+    for head in ("dynamics", "shape", "seq. ms", "first", "settled", "+bwd first", "+bwd settled", "passes", "gap", "finished by", "error",
+                 "loop's", "newton passes", "newton ×"):  # fmt: skip
+        made.add_column(head, justify="left" if head in ("dynamics", "finished by") else "right")
+    for r in rows:
+        f, b, n, e = r["fwd"], r["fwd+bwd"], r["newton"], r["errors"]
+        first = f["at_first"]["forward"]
+        who = "sequential kernel" if first["fallback"] or first["strategy"] == "sequential" else f"passes ({first['update']})"
+        made.add_row(
+            r["dynamics"], "×".join(map(str, r["shape"])), f"{f['sequential_ms']:.2f}", f"{f['first']:.2f}", f"{f['settled']:.2f}",
+            f"{b['first']:.2f}", f"{b['settled']:.2f}", str(first["passes"]), f"{first['gap']:.1e}", who, f"{e['seqparc']:.1e}",
+            f"{e['loop']:.1e}", f"{n['passes']}{'*' if n['fallback'] else ''}", f"{n['times']:.1f}",
+        )  # fmt: skip
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the table; 1 if a row does not keep what is promised."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="dynamics whose name contains this")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="short sequences: only to see that it runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "out")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    console = Console(width=200)
+    about = machine()
+    console.print(", ".join(f"{k} {v}" for k, v in about.items()))
+    chosen = [d.shorter(512) if args.quick else d for d in DYNAMICS if args.only in d.name]
+    rows: list[dict[str, Any]] = []
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, auto_refresh=False) as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", seqparc.SeqparcWarning)
+        task = progress.add_task("", total=len(chosen))
+        for d in chosen:
+            progress.update(task, description=d.name, refresh=True)
+            rows.append(look(d, args.repeats, 2 if args.quick else 4))
+            progress.advance(task)
+    console.print(table(rows))
+    console.print("* finished by the sequential kernel")
+    missed = {r["dynamics"]: found for r in rows if (found := verdicts(r))}
+    for name, found in missed.items():
+        console.print(f"{name}: {'; '.join(found)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "robustness.json").write_text(json.dumps({"machine": about, "rows": rows, "missed": missed}, indent=1))
+    console.print(f"written to {args.out}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
