@@ -65,7 +65,9 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["sequential", "shooting", "new
 @STRATEGIES
 @DTYPES
 @pytest.mark.parametrize("name", CELLS)
-def test_c_backend(name: str, dtype: torch.dtype, strategy: str) -> None:
+def test_c_backend(name: str, dtype: torch.dtype, strategy: str, request: pytest.FixtureRequest) -> None:
+    if dtype is torch.float64:  # the same text as in float32, which is compiled as it is for users
+        request.getfixturevalue("quick")
     for batch, steps in SHAPES:
         check(name, dtype, "c", strategy, batch, steps)
 

@@ -146,6 +146,7 @@ def test_values_and_gradients(recipe: Recipe, strategy: str) -> None:
     check(recipe, "torch", strategy)
 
 
+@pytest.mark.usefixtures("quick")
 @settings(max_examples=40, **QUIET)
 @given(recipes(), st.sampled_from(["sequential", "shooting", "newton"]))
 def test_values_and_gradients_in_c(recipe: Recipe, strategy: str) -> None:

@@ -52,11 +52,11 @@ for name in sys.argv[1:]:
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
         cell = CELLS[name].make().to(dtype)
-        x = torch.randn(2, 13, CELLS[name].inputs, dtype=dtype, requires_grad=True)
+        x = torch.randn(2, 9, CELLS[name].inputs, dtype=dtype, requires_grad=True)
         probe = seqparc.compile(cell, backend="torch")
         _, convention, start = probe.understand(x)
         h0 = convention.state.unflatten([(0.3 * torch.randn(s.shape, dtype=dtype)).abs().requires_grad_() for s in start])
-        shooting, sequential = {"strategy": "shooting", "chunks": 3, "warmup": 3}, {"strategy": "sequential"}
+        shooting, sequential = {"strategy": "shooting", "chunks": 3, "warmup": 2}, {"strategy": "sequential"}
         for options in (shooting,) if dtype == torch.float32 else (sequential, shooting):
             done = {}
             for backend in ("triton", "torch"):
@@ -73,6 +73,7 @@ print("equal")
 """
 
 ALONE = """
+import sys
 import torch
 import seqparc
 from tests.cells import CELLS
@@ -85,12 +86,12 @@ def run(rnn, cell, x):
     return [y.detach(), *(g for g in torch.autograd.grad(y.square().sum(), wanted, allow_unused=True) if g is not None)]
 
 
-for name in ("elementwise GRU", "RNN tanh", "sLSTM"):
+for name in sys.argv[1:]:
     torch.manual_seed(0)
     cell = CELLS[name].make().double()
-    x = torch.randn(2, 14, CELLS[name].inputs, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 11, CELLS[name].inputs, dtype=torch.float64, requires_grad=True)
     right = run(seqparc.compile(cell, backend="torch", options={"strategy": "sequential"}), cell, x)
-    for warmup, chunks in ((3, 4), (0, 3)):
+    for warmup, chunks in ((2, 4), (0, 3)):
         options = {"strategy": "shooting", "warmup": warmup, "chunks": chunks, "update": "none"}
         rnn = seqparc.compile(cell, backend="triton", options=options)
         run(rnn, cell, x)
@@ -99,7 +100,7 @@ for name in ("elementwise GRU", "RNN tanh", "sLSTM"):
             (engine,) = rnn._engines.values()
             for direction, (_, _, cut, outcome) in engine.last.items():
                 outcome.converged = True
-                engine.sure[direction, 2, (14).bit_length()] = cut, passes, outcome
+                engine.sure[direction, 2, (11).bit_length()] = cut, passes, outcome
             for mine, correct in zip(run(rnn, cell, x), right, strict=True):
                 assert float((mine - correct).abs().max()) < 1e-12 * float(correct.abs().max() + 1), (name, warmup, passes)
             for stats, before in ((rnn.stats, watched), (rnn.stats.backward, watched.backward)):
@@ -246,7 +247,7 @@ import torch
 from seqparc.codegen.gpuscan import scan
 from seqparc.scan import doubling
 
-shapes = ((1, 1, 1, 1), (1, 2, 1, 3), (1, 530, 1, 1), (1, 70, 3, 20), (2, 40, 2, 7), (3, 9, 1, 1), (4, 21, 2, 9), (5, 6, 1, 2))
+shapes = ((1, 1, 1, 1), (1, 2, 1, 3), (1, 530, 1, 1), (1, 70, 2, 5), (2, 40, 2, 3), (3, 9, 1, 1), (4, 21, 2, 9), (5, 6, 1, 2))
 for n, chunks, batch, groups in shapes:
     torch.manual_seed(chunks)
     a = torch.randn(chunks - 1, batch, groups, n, n, dtype=torch.float64) / (1.2 * n**0.5)  # matrices that do not commute
@@ -326,8 +327,9 @@ def test_every_cell_runs_as_the_torch_backend_does(names: tuple[str, ...]) -> No
     interpreted(SCRIPT, "equal", *names)
 
 
-def test_a_run_that_nobody_watches_is_as_exact() -> None:
-    interpreted(ALONE, "exact")
+@pytest.mark.parametrize("names", [("elementwise GRU", "RNN tanh"), pytest.param(("sLSTM",), marks=pytest.mark.nightly)])
+def test_a_run_that_nobody_watches_is_as_exact(names: tuple[str, ...]) -> None:
+    interpreted(ALONE, "exact", *names)
 
 
 def test_without_a_gpu_it_is_said_what_there_is_instead() -> None:
