@@ -66,7 +66,7 @@ class TritonKernel:
     def source(self) -> str:
         return self.compiled.text
 
-    def chunks_wanted(self, batch: int) -> int:
+    def chunks_wanted(self, batch: int, threads: int) -> int:
         """See `seqparc.runtime.driver.Kernel`."""
         lanes = self.program.lanes
         if self.compiled.scalar:

@@ -45,9 +45,9 @@ class CKernel:
     def source(self) -> str:
         return self.compiled.text
 
-    def chunks_wanted(self, batch: int) -> int:
+    def chunks_wanted(self, batch: int, threads: int) -> int:
         """See `seqparc.runtime.driver.Kernel`."""
-        tile, threads, lanes = self.vector * self.tile, torch.get_num_threads(), self.program.lanes
+        tile, lanes = self.vector * self.tile, self.program.lanes
         if self.compiled.scalar:
             return -(-threads * tile // (batch * lanes))
         return -(-tile * -(-threads // lanes) // batch)  # a tile of a vector program holds one of its lanes

@@ -53,7 +53,7 @@ class StepKernel:
     def source(self) -> str:
         return self.compiled.text
 
-    def chunks_wanted(self, batch: int) -> int:
+    def chunks_wanted(self, batch: int, threads: int) -> int:
         """See `seqparc.runtime.driver.Kernel`."""
         return -(-multiprocessors(self.device) * RESIDENT // (batch * self.program.lanes * self.program.n))
 

@@ -99,7 +99,7 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
         sections = [("stages", _stages(plan)), ("state Jacobian", _structure(plan))]
     if x is not None:
         leaves, convention, start = rnn.understand(x, state)
-        sections.append(("memory", forgetting(rnn.cell, convention, leaves, start).lines()))
+        sections.append(("forgetting", forgetting(rnn.cell, convention, leaves, start).lines()))
     for suffix, part in engine.parts:
         shown = _entries(part.plan)
         sections += [

@@ -25,6 +25,10 @@ from seqparc.spans import Spans
 NEAR = 64
 #: Times by which Newton's steps make the gap smaller as long as there is more than rounding in it.
 FAST = 4
+#: A pass that makes the gap this many times smaller is one of a run that converges.
+SURE = 3
+#: Until there is one, passes may cost this part of what the sequential kernel does, and another update is tried if two of its passes may.
+TRIAL, TRIED = 0.25, 2
 
 
 class Kernel(Protocol):
@@ -37,8 +41,8 @@ class Kernel(Protocol):
     def chunk_per_warmup(self) -> int:
         """A chunk is at least this many warm-ups long: what a longer one saves where the device is full, it costs where it is not."""
 
-    def chunks_wanted(self, batch: int) -> int:
-        """Chunks of a batch that fill the device, at least 1."""
+    def chunks_wanted(self, batch: int, threads: int) -> int:
+        """Chunks of a batch that fill the device, at least 1; `threads` are those that kernels on a processor run on."""
 
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and streams as `sweep` wants them, once per run. Streams may come in 16 bits."""
@@ -75,6 +79,7 @@ class Cut:
     updates: tuple[str, ...] = ("none",)  # the first is made until the gap falls too slowly, then the next
     atol: float = 0.0
     rtol: float = 0.0
+    fill: int = 1  # chunks that run in the time of one
     slack: float = 1.0  # times rtol for a state that remembers more than a chunk, as where Jacobians are needed
     max_passes: int | None = None
     on_divergence: str = "sequential"
@@ -97,6 +102,7 @@ class Problem:
     emits: Sequence[Tensor | None]
     sum_sizes: Sequence[int] = ()
     backwards: bool = False
+    group: int = 1  # state numbers of a lane, which meet
     #: update -> the kernel of the program that carries A as well, and [groups, n], where the numbers that A mixes lie in the flat state
     correction: Callable[[str], tuple[Kernel, np.ndarray]] | None = None
 
@@ -113,6 +119,7 @@ class Outcome:
     converged: bool = True
     fallback: str | None = None
     update: str = "none"
+    cost: float = 0.0  # of all passes, in steps of the sequential kernel
 
     @property
     def gap(self) -> float:
@@ -150,6 +157,11 @@ def solve(p: Problem, cut: Cut) -> Outcome:
                 z[at] = new
         return end, sizes
 
+    def cost(some: int, update: str) -> float:
+        """Of a pass over some chunks, in steps of the sequential kernel: with an update, a pass of the state and its tangents as well."""
+        tangents = {"none": -1, "diagonal": 1, "exact": p.group}[update]
+        return spans.longest * max(1.0, some / cut.fill) * (tangents + 2)
+
     active = spans.every
     if chunks == 1:
         return Outcome(sweep(active, p.start)[0].select(0, 0), sums)
@@ -183,6 +195,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         largest, worst = p.kernel.gap(start, end, scale, cut.atol, rtol)
         outcome.gaps.append(largest * (rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
+        outcome.cost += cost(len(active), "none" if correct is None else correct.kind)
         outcome.update = newton.kind if newton is not None else "none"
         if not largest > 1:
             break
@@ -195,8 +208,10 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             moved = np.flatnonzero(torch.fmax(again, worst).numpy() > 1)
         start[1:][moved] = target[moved]
         active = moved + 1
-        why = _give_up(outcome, cut, first_moved, chunks, p, since)
-        if why is not None and updates and not cut.spent(outcome.passes):  # before giving up: what forgets less
+        left = p.steps - int(spans.t0[first_moved + 1])
+        why = _give_up(p, cut, outcome, since, left, cost(len(active), "none" if correct is None else correct.kind))
+        affordable = bool(updates) and (cut.patient or outcome.cost + TRIED * cost(chunks, updates[0]) <= TRIAL * p.steps)
+        if why is not None and affordable and not cut.spent(outcome.passes):  # before giving up: what forgets less
             newton, why, active = _newton(p, chunks, updates.pop(0)), None, spans.every
             since = outcome.passes
         if why is not None:
@@ -225,29 +240,30 @@ def _finish(
     return outcome
 
 
-def _give_up(outcome: Outcome, cut: Cut, first_moved: int, chunks: int, p: Problem, since: int) -> str | None:
-    """Why the sequential kernel should finish, or None while the passes are expected to pay."""
+def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, left: int, cost: float) -> str | None:
+    """Why the sequential kernel should do the steps that are left, or None while passes of this cost are expected to pay."""
     if cut.spent(outcome.passes):
         return f"max_passes={cut.max_passes} reached"
-    left = p.steps - int(cut.spans.t0[first_moved + 1])
-    # One pass costs about this many steps of the sequential kernel.
-    cost = cut.spans.longest * max(1.0, chunks / p.kernel.chunks_wanted(p.start.shape[0]))
     gaps = outcome.gaps[since:]
-    remaining: float = 1
+    stays = f"the gap does not fall ({gaps[-1]:.3g} after {len(outcome.gaps)} passes)"
     if cut.patient:
-        if len(gaps) >= 4 and not min(gaps[-3:]) < gaps[-4]:  # also when it is not a number
-            return f"the gap does not fall ({gaps[-1]:.3g} after {len(gaps)} passes)"
-        return None
-    if len(gaps) >= 2:
-        ratio = gaps[-1] / gaps[-2] if gaps[-2] > 0 else 0.0
-        if not ratio < 0.9:  # also when it is not a number
-            remaining = math.inf if len(gaps) >= 3 else 2
-        else:
-            remaining = max(1.0, math.log((cut.rtol or cut.atol or 1e-300) / gaps[-1]) / math.log(ratio)) if ratio > 0 else 1
+        return stays if len(gaps) >= 4 and not min(gaps[-3:]) < gaps[-4] else None  # also when it is not a number
+    ratio = 1.0
+    if len(gaps) >= 2 and gaps[-2] > 0:
+        ratio = gaps[-1] / gaps[-2]
+    elif not since and cut.spans.lead is not None:  # what the warm-up has left of a state it knew nothing of; a chunk is longer
+        ratio = gaps[0] ** (cut.spans.longest / int(cut.spans.lead.max()))
+    remaining: float = 1
+    if ratio < 0.9:
+        remaining = max(1.0, math.log((cut.rtol or cut.atol or 1e-300) / gaps[-1]) / math.log(ratio)) if ratio > 0 else 1
+    elif len(gaps) >= 2:  # also when it is not a number
+        remaining = math.inf if len(gaps) >= 3 else 2
+    if math.isinf(remaining):
+        return stays
     if remaining * cost > left:
-        return f"{remaining:.0f} more passes expected, of about {cost:.0f} steps each, where {left} steps remain" if math.isfinite(
-            remaining
-        ) else f"the gap does not fall ({gaps[-1]:.3g} after {len(gaps)} passes)"
+        return f"{remaining:.0f} more passes expected, of about {cost:.0f} steps each, where {left} steps remain"
+    if not ratio * SURE < 1 and outcome.cost + cost > TRIAL * p.steps:
+        return f"the gap hardly falls ({gaps[-1]:.3g} after {len(outcome.gaps)} passes), and another pass would cost {cost:.0f} steps"
     return None
 
 

@@ -37,6 +37,8 @@ LONG = 32
 #: Times that for states that do remember more than a chunk: half of sqrt(length) is one standard deviation of what rounding moves, and the
 #: largest of many moves is about four.
 SLACK = 4.0
+#: Threads for which chunks are cut where nothing may depend on how many there are.
+THREADS = 8
 #: Of so many runs that nobody watched one is looked at afterwards.
 LOOK = 16
 
@@ -127,7 +129,7 @@ class Engine:
         Not watched: without anything that the host would have to look at.
         """
         plan, options = self.plan, self.options if watched else replace(self.options, strategy="sequential")
-        best = kernel.chunks_wanted(batch)
+        best = kernel.chunks_wanted(batch, THREADS if options.deterministic else torch.get_num_threads())
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape)
         warmup, passes, floor = (None, 1, 0.0) if known is None else (known.warmup, known.passes, known.floor)
@@ -145,18 +147,18 @@ class Engine:
             cut = Cut(
                 cut_evenly(steps, choice.chunks, choice.warmup if choice.chunks > 1 else 0), choice.updates,
                 atol=eps**2 if options.atol is None else options.atol, rtol=max(unit, floor) if options.rtol is None else options.rtol,
-                slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
+                fill=best, slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
                 max_passes=options.max_passes, on_divergence=options.on_divergence,
                 patient=options.strategy != "auto",
             )  # fmt: skip
             if len(self._decided) > 256:
                 self._decided.clear()
             decided = self._decided[key] = choice, cut, shape
-            if choice.given_up and passes == math.inf and shape in self.converged and not self.warned:
+            if known is not None and known.why and choice.given_up and shape in self.converged and not self.warned:
                 self.warned = True
                 message = (
                     f"{self.name} has become sequential: its {direction} runs of {steps} steps used to converge in parallel and no longer "
-                    f"do ({self.last[direction][3].seen().fallback}). Results are exact as before; it is tried again every {RETRY} calls. "
+                    f"do ({known.why}). Results are exact as before; it is tried again every {RETRY} calls. "
                     "rnn.stats.history has counts, rnn.explain(x) says how far the cell remembers."
                 )
                 warnings.warn(message, SeqparcWarning, stacklevel=2)
@@ -176,7 +178,7 @@ class Engine:
         alike = self.tuner.adopt(kernel, direction, start.shape[0], steps) if hasattr(kernel, "settings") else None
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, direction, start.device)
-        p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, **problem)
+        p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, group=self.plan.program.n, **problem)
         passes = self._unwatched(shape, cut) if hasattr(kernel, "alone") else 0
         if self.capturing() and not passes and len(cut.spans) > 1:
             choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps, watched=False)

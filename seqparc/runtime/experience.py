@@ -36,10 +36,11 @@ class Experience:
     cost: float = math.inf  # in steps of a pass, with half the warm-up
     floor: float = 0.0
     calls: int = 0
+    why: str | None = None  # the last run did not converge
 
     def learn(self, outcome: Outcome, warmup: int, length: int, most: float) -> None:
         """From a run of more than one pass over chunks of `length` steps. `most`: the largest floor that is believed."""
-        passes = outcome.passes if outcome.converged else math.inf
+        passes, self.why = outcome.passes if outcome.converged else math.inf, outcome.fallback
         cost = passes * length + warmup
         if self.settled:
             self.passes = passes

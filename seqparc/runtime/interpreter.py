@@ -34,7 +34,7 @@ class TorchKernel:
         self.offsets = np.concatenate([[0], np.cumsum(program.state_sizes)])
         self._indices: dict[ir.Index, Tensor] = {}
 
-    def chunks_wanted(self, batch: int) -> int:
+    def chunks_wanted(self, batch: int, threads: int) -> int:
         """See `seqparc.runtime.driver.Kernel`."""
         return -(-4096 // (batch * self.program.lanes))
 

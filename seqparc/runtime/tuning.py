@@ -35,7 +35,7 @@ class Tuner:
     def adopt(self, kernel: Any, direction: str, batch: int, steps: int) -> Hashable:
         """Have the kernel run as was found best for runs like this, else as it does by itself. What is like this, as a key."""
         kernel.setting = kernel.settings[0]
-        key = direction, kernel.chunks_wanted(batch).bit_length(), steps.bit_length()
+        key = direction, kernel.chunks_wanted(batch, 1).bit_length(), steps.bit_length()
         if key not in self.known:
             kept = store.recall("tuned", self._name(kernel, key)) if self.remembering else None
             found = Setting(*kept) if isinstance(kept, list) and len(kept) == len(Setting._fields) else None

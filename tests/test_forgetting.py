@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import seqparc
 from seqparc.errors import SeqparcWarning
 from seqparc.forgetting import forgetting
+from seqparc.runtime.engine import Engine
+from seqparc.runtime.experience import Experience
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -57,7 +59,7 @@ def test_the_exponent_of_a_chaotic_map() -> None:
 
 def test_explain_tells_it_of_an_input() -> None:
     rnn = seqparc.compile(Leak(0.5))
-    assert "a thousand times smaller after 10 steps" in dict(rnn.explain(torch.randn(2, 50, 1)).sections)["memory"][0]
+    assert "a thousand times smaller after 10 steps" in dict(rnn.explain(torch.randn(2, 50, 1)).sections)["forgetting"][0]
 
 
 def test_calls_add_up() -> None:
@@ -99,3 +101,16 @@ def test_a_cell_that_never_was_parallel_does_not_warn() -> None:
         for _ in range(6):
             rnn(torch.randn(1, 20_000, 1))
     assert rnn.stats.strategy == "sequential" and rnn.stats.history.fallbacks > 0
+
+
+def test_a_backward_run_that_becomes_sequential_says_so_too() -> None:
+    rnn = seqparc.compile(Leak(0.9))
+    x = torch.randn(1, 20_000, 1)
+    rnn(x)[0].sum().backward()
+    engine = rnn.engine()
+    assert isinstance(engine, Engine) and rnn.stats.backward is not None and rnn.stats.backward.chunks > 1
+    shape = "backward", 1, (20_000).bit_length()
+    engine.experience[shape] = Experience(32, 1.0, settled=True, passes=math.inf, why="as if it had not")
+    with pytest.warns(SeqparcWarning, match=r"its backward runs of 20000 steps .* \(as if it had not\)"):
+        rnn(x)[0].sum().backward()
+    assert rnn.stats.backward.strategy == "sequential"
