@@ -233,8 +233,9 @@ def _strategy(engine: Engine) -> tuple[str, ...]:
                 f"update {d.update}; {d.passes} pass{'es' * (d.passes != 1)}, gap {d.gap:.2g}"
             )
             lines += [f"  {reason}" for reason in d.reasons]
+            lines.append(f"  {d.verdict}")
             if d.fallback:
-                lines.append(f"  finished by the sequential kernel: {d.fallback}")
+                lines.append("  finished by the sequential kernel")
     return tuple(lines)
 
 

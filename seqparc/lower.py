@@ -217,7 +217,7 @@ class Lowering(Layouts):
         """A node in the core; where its operation is not known, what may stand for it."""
         if self.unknown is None or self.part is not None:
             return self._known(node)
-        self.lower(node.all_input_nodes)  # what is refused in there stays so
+        self.lower([n for n in node.all_input_nodes if "val" in n.meta])  # what is refused in there stays so
         try:
             return self._known(node)
         except UnsupportedOpError:
@@ -299,12 +299,15 @@ class Lowering(Layouts):
             return Pair(*(self.lower(part) for part in apart(node)))
         flat = val.reshape(-1).to(torch.float64)
         if flat.numel() and bool((flat == flat[0]).all() or torch.isnan(flat).all()):
-            shape = list(val.shape)
-            args, kwargs = node.meta["static"][self.which]
-            if self.which and isinstance(node.target, torch._ops.OpOverload):
-                shape = list(node.target(*args, **kwargs).shape) if not node.all_input_nodes else shape
-            return Laid(ir.const(float(flat[0])), np.zeros(shape, np.int64), None)
+            return Laid(ir.const(float(flat[0])), np.zeros(tuple(self._made(node).shape), np.int64), None)
         return self._frontier(node, "param", val)
+
+    def _made(self, node: fx.Node) -> Any:
+        """A constant as it is made at this batch size."""
+        if not self.which or node.op == "placeholder":
+            return node.meta["val"]
+        args, kwargs = node.meta["static"][self.which]
+        return node.target(*fx.map_arg(args, self._made), **fx.map_arg(kwargs, self._made))  # type: ignore[operator]
 
     def _view(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         name = node.target.__name__ if callable(node.target) else ""

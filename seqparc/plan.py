@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -154,6 +155,26 @@ class Stats:
     compile_seconds: float = 0.0
     history: History = field(default_factory=History)
     backward: Stats | None = None
+
+    @property
+    def memory(self) -> float | None:
+        """Steps in which what is left of an earlier state falls to 1/e, roughly, by the first gap after the warm-up.
+
+        At most that, where the gap was rounding; infinite where it did not fall; None where there was no warm-up.
+        """
+        if self.chunks == 1 or not self.warmup or not self.gaps:
+            return None
+        return self.warmup / -math.log(max(self.gaps[0], 1e-17)) if self.gaps[0] < 1 else math.inf
+
+    @property
+    def verdict(self) -> str:
+        """Whether the last call ran in parallel, and why, in words."""
+        if self.chunks == 1:
+            return f"sequential: {self.reasons[-1] if self.reasons else 'asked for'}"
+        if not self.converged:
+            return f"not in parallel: {self.fallback}"
+        forgets = "" if self.memory is None else f"; an earlier state is down to 1/e in {self.memory:.3g} steps or fewer"
+        return f"in parallel, {self.passes} pass{'es' * (self.passes != 1)} over {self.chunks} chunks{forgets}"
 
 
 def combined(told: Sequence[Stats]) -> Stats:

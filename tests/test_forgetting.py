@@ -114,3 +114,14 @@ def test_a_backward_run_that_becomes_sequential_says_so_too() -> None:
     with pytest.warns(SeqparcWarning, match=r"its backward runs of 20000 steps .* \(as if it had not\)"):
         rnn(x)[0].sum().backward()
     assert rnn.stats.backward.strategy == "sequential"
+
+
+def test_statistics_have_a_verdict() -> None:
+    rnn = seqparc.compile(Leak(0.9), options={"strategy": "shooting", "chunks": 8, "warmup": 40})
+    rnn(torch.randn(1, 4000, 1, dtype=torch.float64).float())
+    assert 0.5 < rnn.stats.memory * -math.log(0.9) < 3 and "in parallel" in rnn.stats.verdict  # of the largest of all gaps
+    rnn(torch.randn(1, 4, 1))
+    assert rnn.stats.memory is None or rnn.stats.chunks > 1
+    rnn = seqparc.compile(Leak(3.9), state=torch.full((1,), 0.3))
+    rnn(torch.randn(1, 4000, 1))
+    assert "not in parallel: " in rnn.stats.verdict and "not in parallel" in str(rnn.explain())

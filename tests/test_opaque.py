@@ -105,3 +105,15 @@ def test_what_is_refused_before_an_unknown_operation_stays_refused() -> None:
 
     with pytest.raises(seqparc.TraceError, match=r"test_opaque.py.*one sample of the batch reads another"):
         seqparc.compile(cell)(torch.randn(B, T, N), torch.zeros(B, N))
+
+
+def test_an_operation_that_is_told_the_batch_beside_an_unknown_one() -> None:
+    def cell(x: Tensor, h: Tensor) -> Tensor:
+        wide = (x + torch.ones(x.shape[0], 1)).reshape(x.shape[0], 2, -1).flatten(1)
+        return torch.tanh(wide + torch.erfinv(0.5 * torch.tanh(h)))
+
+    rnn = seqparc.compile(cell)
+    x, h = torch.randn(B, 50, N), torch.zeros(B, N)
+    with pytest.warns(SeqparcWarning, match="runs on the torch backend"):
+        y, _ = rnn(x, h)
+    assert torch.allclose(y, rnn.sequential(x, h)[0], atol=1e-5)

@@ -173,3 +173,16 @@ def test_samples_stay_apart_outside_the_core_too() -> None:
 
 def test_what_only_has_the_shape_of_something_reads_no_sample() -> None:
     graph_of(lambda x, h: torch.tanh(x + h) + torch.zeros_like(x[0]) + x.mean(0).new_ones(4))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x, h: torch.tanh(h + torch.ones(h.shape[0], 1) + x),
+        lambda x, h: torch.tanh(h + (torch.zeros(h.shape[0], 4) + 2) * x),
+        lambda x, h: torch.tanh(h * torch.full((h.shape[0], 2), 0.5).repeat(1, 2) + x),
+        lambda x, h: torch.where(torch.ones(h.shape[0], 4, dtype=torch.bool), h, x),
+    ],
+)
+def test_constants_made_for_the_batch(step: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert lower(graph_of(step)).program.state_sizes == (4,)

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows:
             progress.update(task, description=row.title)
             found.append(look(row, given.steps))
+            if not found[-1].agrees:
+                progress.console.print(f"{row.title}: {found[-1].refused or 'does not agree'}", markup=False)
             progress.advance(task)
     text = page(found, given.steps)
     if given.names:

@@ -78,6 +78,8 @@ def look(row: Row, steps: int) -> Found:
             return _figures(Subject.of(row, BATCH, steps))
         except seqparc.SeqparcError as error:
             return Found(row, refused=str(error).replace(f"{FOLDER}/", ""))
+        except Exception as error:  # one row is not to cost the others
+            return Found(row, refused=f"it fails, {type(error).__name__}: {error}", agrees=False)
 
 
 def _figures(subject: Subject) -> Found:
