@@ -53,7 +53,7 @@ class _Printer:
     packed: list[Packed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plan: Schedule = schedule(self.program)
+        self.plan: Schedule = schedule(self.program, scattered=True)
         self.scalar = all(v.size == 1 for v in ir.topological(self.program.outputs))
         self.groups: dict[tuple[str, int, object], int] = {}  # offset arrays: (kind, slot, how the lane enters)
         self.param_regs: dict[ir.Leaf, int] = {}
@@ -180,7 +180,7 @@ class _Printer:
         body: list[str] = []
         for t in loop.targets:
             name = self.use(self.expression_of(t, memo, body))
-            body += self.store(t, name, loop.size)
+            body += self.store(t, name)
         if loop.size == 1:
             lines = [line.replace("[i]", "[0]") for line in body]
             return lines if self.scalar else ["{", *("  " + line for line in lines), "}"]
@@ -196,8 +196,9 @@ class _Printer:
             return name
         return self.expression(t.value, position, memo, body)
 
-    def store(self, t: Target, name: str, size: int) -> list[str]:
-        at = "0" if size == 1 and not t.at else (f"{t.at}" if size == 1 else ("i" if not t.at else f"{t.at} + i"))
+    def store(self, t: Target, name: str) -> list[str]:
+        position = np.array(t.position, np.int32)
+        at = self.position(position)
         match t.role:
             case "array":
                 return [f"EACH a{t.number}[{at}][u] = {name};"]
@@ -207,7 +208,7 @@ class _Printer:
                 return [f"if (out) EACH c{t.number}[{at}][u] += KEEP({name});"]
             case "emit":
                 s = self.program.emits[t.number]
-                index = s.index.array[:, t.at : t.at + size]
+                index = s.index.array[:, position]
                 if t.number in self.kept:
                     return [f"EACH e{t.number}[{at}][u] = {name};"] if self.kept[t.number] == f"e{t.number}" else []
                 if self.scalar:

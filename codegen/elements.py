@@ -139,19 +139,18 @@ class _Printer:
         """Statements that make and store one target."""
         p = self.program
         made = t.value if t.role == "array" else None
-        name = self.expression(t.value, np.array(t.position, np.int32), made)
-        columns = slice(t.at, t.at + size)
+        columns = np.array(t.position, np.int32)
+        name = self.expression(t.value, columns, made)
         self.moved += size * p.lanes * (2 if t.role == "sum" else 1)
         if t.role == "array":
-            # Elements t.at … of array number t.number.
             owner = next(v for v, n in self.plan.arrays.items() if n == t.number)
             place = self.places[owner]
-            at = self.address(place.at + t.at + np.arange(size)[None])
+            at = self.address(place.at + columns[None])
             self.lines.append(store(f"a{place.number} + (g * rows + r) * {place.width} + {at}", name, "mine"))
         elif t.role == "next":
             v = p.state[t.number]
             at = f"r * row + {self.address(v.index.array[:, columns] + self.offsets[v.slot])}"
-            new = f"n{t.number}_{t.at}"
+            new = f"n{t.number}_{t.position[0]}"
             self.lines += [
                 f"{new} = tl.where(live, {name}, tl.load(state + {at}))  # a row whose chunk is over stays as it is",
                 store(f"following + {at}", new, "mine"),

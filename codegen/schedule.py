@@ -24,15 +24,16 @@ Role = Literal["array", "next", "emit", "sum"]
 
 #: Pieces a stored gather may fall into before the generated code would be worse than the fallback.
 MOST_PIECES = 64
+#: Runs of a value from which on those that read alike share a loop, with tables for addresses: so much code takes compilers long.
+MANY_RUNS = 6
 
 
 @dataclass(frozen=True)
 class Target:
-    """Elements `position` of `value` go to elements `at` (contiguous) of array / state / emit / sum number `number`."""
+    """Elements `position` of `value` go to the same elements of array / state / emit / sum number `number`."""
 
     role: Role
     number: int
-    at: int
     value: Value
     position: tuple[int, ...]
 
@@ -55,8 +56,12 @@ class TooIrregularError(ValueError):
     """A gather so scattered that straight loops do not express it."""
 
 
-def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream", "param")) -> Schedule:
-    """The parts of a step. `in_place`: the kinds of leaves that products and folds read where they are; others are stored first."""
+def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream", "param"), scattered: bool = False) -> Schedule:
+    """The parts of a step.
+
+    in_place: the kinds of leaves that products and folds read where they are; others are stored first. scattered: whether the elements
+    of a target need not lie one after the other.
+    """
     outputs = program.outputs
     order = ir.topological(outputs)
     phase = _phases(order)
@@ -65,8 +70,8 @@ def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream
     by_phase: dict[int, list[Target]] = defaultdict(list)
 
     def target(role: Role, number: int, value: Value) -> None:
-        for at, source, position in _pieces(value, stored if role != "array" else stored - {value}):
-            by_phase[phase[value]].append(Target(role, number, at, source, tuple(position.tolist())))
+        for position in _pieces(value, stored if role != "array" else stored - {value}, scattered):
+            by_phase[phase[value]].append(Target(role, number, value, tuple(position.tolist())))
 
     for v in arrays:
         if not isinstance(v, (ir.Contract, ir.Reduce)):
@@ -120,14 +125,15 @@ def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, .
     return stored
 
 
-def _pieces(value: Value, stored: set[Value]) -> list[tuple[int, Value, Ints]]:
-    """A target as runs (first element, source, the source's elements) within which every gather reads one source."""
+def _pieces(value: Value, stored: set[Value], scattered: bool) -> list[Ints]:
+    """The elements of a target in pieces within which every gather reads one source: runs, or all that read alike."""
     parts = segments(value, stored, {})
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(parts)) + 1]).astype(int)
-    if len(starts) > MOST_PIECES:
-        raise TooIrregularError(f"a value of {value.size} elements falls into {len(starts)} pieces")
-    stops = [*starts[1:], value.size]
-    return [(int(i), value, np.arange(i, j, dtype=np.int32)) for i, j in zip(starts, stops, strict=True)]
+    pieces = np.split(np.arange(value.size, dtype=np.int32), np.flatnonzero(np.diff(parts)) + 1)
+    if scattered and len(pieces) > MANY_RUNS:
+        pieces = [np.flatnonzero(parts == p).astype(np.int32) for p in np.unique(parts)]
+    if len(pieces) > MOST_PIECES:
+        raise TooIrregularError(f"a value of {value.size} elements falls into {len(pieces)} pieces")
+    return pieces
 
 
 def segments(value: Value, stored: set[Value], done: dict[Value, Ints]) -> Ints:
