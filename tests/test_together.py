@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +24,8 @@ import seqparc
 from seqparc.codegen import build
 from seqparc.errors import SeqparcWarning
 from seqparc.locks import LOOKING
+from seqparc.runtime.driver import Outcome, Problem
+from seqparc.runtime.engine import Engine
 from tests.living import MODULES, close, eager, gradients, same
 from tests.test_faults import Plain
 from tests.test_held import Leaky
@@ -165,10 +167,23 @@ def bernoulli(x: Tensor, h: Tensor) -> Tensor:
     return torch.tanh(h + x) * (torch.nn.functional.dropout(torch.ones_like(h), 0.0) + torch.bernoulli(torch.zeros_like(h)))
 
 
+class Remembering(nn.Module):
+    """Keeps its state on itself, and is called by every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = opaque(x, torch.zeros_like(x) if self.h is None else self.h)
+        return 2 * self.h
+
+
 #: what is compiled, and the width of x
 SHARED: dict[str, tuple[Callable[[], Any], int]] = {
     **{name: (lambda make=make: seqparc.compile(make()), width) for name, (make, width) in MODULES.items()},  # type: ignore[misc]
     "held, with a gradient of its own": (lambda: seqparc.compile(Leaky(), state={"potential": torch.zeros(5)}), 5),
+    "held, opaque": (lambda: seqparc.compile(Remembering(), state={"h": torch.zeros(4)}), 4),
     "opaque": (lambda: seqparc.compile(opaque, state=torch.zeros(4)), 4),
     "a plain loop": (lambda: seqparc.compile(bernoulli, state=torch.zeros(4)), 4),
 }
@@ -240,3 +255,20 @@ def test_eight_threads_without_a_compiler(fresh: Path, monkeypatch: pytest.Monke
             t.join()
     assert not failed, failed
     assert rnn.stats.backend == "torch" and len(said) == 1
+
+
+def test_a_run_teaches_only_what_is_still_on_trial() -> None:
+    """Two runs that were begun alike: the second says nothing about the warm-up that the first has led to."""
+    rnn = seqparc.compile(Plain())
+    right(rnn)
+    engine = rnn.engine()
+    assert isinstance(engine, Engine)
+    kernel = engine.kernels["forward"][1]
+    choice, cut, shape = engine._decide("forward", kernel, 1, 9000)
+    p = Problem(kernel, torch.zeros(1, 4), 9000, [], [], [])
+    outcome = Outcome(p.start, [], passes=2, gaps=[1e-6, 0.0])
+    assert choice.chunks > 1
+    engine._learn(p, shape, choice, cut, outcome)
+    known = repr(engine.experience[shape])
+    engine._learn(p, shape, choice, cut, outcome)
+    assert repr(engine.experience[shape]) == known and not engine.experience[shape].settled
