@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder, "baselines.c"), Path(folder, "baselines.so")
         source.write_text(text)
-        subprocess.run([compiler()[0], *FLAGS, str(source), "-o", str(made), "-lm"], check=True)
+        subprocess.run([*compiler()[0], *FLAGS, str(source), "-o", str(made), "-lm"], check=True)
         return ctypes.CDLL(str(made))
 
 

@@ -114,7 +114,7 @@ class _Printer:
             return memo[key]
         name = f"v{len(memo)}"
         src = getattr(value, "src", None)
-        comment = f"  // {src.file.rsplit('/', 1)[-1]}:{src.line}" if src else ""
+        comment = f"  // {src.label}" if src else ""
         if value in self.plan.arrays:
             text = f"a{self.plan.arrays[value]}[{self.position(position)}][u]"
         else:
@@ -254,7 +254,7 @@ class _Printer:
 
     def contract(self, v: ir.Contract) -> list[str]:
         out = self.plan.arrays[v]
-        comment = f"  // {v.src.file.rsplit('/', 1)[-1]}:{v.src.line}" if v.src else ""
+        comment = f"  // {v.src.label}" if v.src else ""
         if not (isinstance(v.a, ir.Leaf) and v.a.kind == "param"):
             return self.contract_values(v, comment)
         blocks, weight = pack(v)
@@ -393,5 +393,5 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
     if stack > STACK_LIMIT:
         raise TooIrregularError(f"a tile needs {stack} bytes of stack")
     text = skeleton.render(p, body, arrays, following, states, sums, parts)
-    header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
+    header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text("utf-8")
     return CSource(text.replace("@SIMD@", header), tuple(p.packed), p.scalar, parts)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
+import linecache
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +16,9 @@ from torch import Tensor
 from seqparc import store
 from seqparc.codegen.launcher import interpreted
 from seqparc.errors import ToolchainError
+from seqparc.locks import Lock
 
+_loading = Lock()
 #: Lanes of one number that a multiprocessor is to be given.
 RESIDENT = 2048
 
@@ -48,26 +48,33 @@ def check(device: torch.device) -> None:
         raise ToolchainError(f"Triton kernels run on a GPU, x is on {device}; TRITON_INTERPRET=1 runs them as Python, very slowly")
 
 
-def load(text: str) -> tuple[ModuleType, Path]:
-    """The module of a generated text, which Triton wants to read from a file, and where that lies."""
+def load(text: str) -> ModuleType:
+    """The module of a generated text.
+
+    Triton wants to read a kernel's lines: they are where Python looks up those of any function, and in a file beside for people. What
+    runs is the text, never what is found in a file.
+    """
     try:
         import triton  # noqa: F401
     except ImportError as error:
         raise ToolchainError("Triton is not installed; GPU kernels need it: pip install triton") from error
     name = f"seqparc_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}{'_interpreted' if interpreted() else ''}"
-    path = store.folder() / f"{name}.py"
-    if name not in sys.modules:
-        if not path.exists() or path.read_text() != text:
-            made = path.with_suffix(f".{os.getpid()}")
-            made.write_text(text)
-            os.replace(made, path)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name], path
+    with _loading():
+        if name not in sys.modules:
+            file = f"{name}.py"
+            try:
+                path = store.folder() / file
+                store.write(path, text.encode())
+                file = str(path)
+            except OSError as error:
+                store.unkept(error)
+            linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+            module = ModuleType(name)
+            module.__file__ = file
+            sys.modules[name] = module
+            try:
+                exec(compile(text, file, "exec"), module.__dict__)
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]

@@ -130,7 +130,7 @@ class _Printer:
 
     def let(self, key: tuple[Value, bytes], text: str, src: ir.Source | None = None) -> str:
         name = f"v{len(self.memo)}"
-        comment = f"  # {src.file.rsplit('/', 1)[-1]}:{src.line}" if src else ""
+        comment = f"  # {src.label}" if src else ""
         self.lines.append(f"{name} = {text}{comment}")
         self.memo[key] = name
         return name
@@ -210,7 +210,8 @@ def emit(program: Program, plan: Schedule, places: dict[Value, Place], double: b
     bodies = [printer.body(loop) for loop in loops]
     buffers = 1 + max((p.number for p in places.values()), default=-1)
     kinds = parameter_kinds(program, buffers, len(printer.tables), "fp64" if double else "fp32")
-    text = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, dtype="float64" if double else "float32").rstrip("\n")]
+    name, dtype = ir.plain(program.name), "float64" if double else "float32"
+    text = [_HEAD.format(name=name, lanes=program.lanes, n=program.n, dtype=dtype).rstrip("\n")]
     parts = []
     for number, (loop, (body, moved)) in enumerate(zip(loops, bodies, strict=True)):
         used = set(re.findall(r"\w+", "\n".join(body)))

@@ -37,7 +37,7 @@ class TritonKernel:
         self.program, self.dtype, self.device = program, dtype, device
         self.compiled: TritonSource = emit(program, dtype is torch.float64, precision)
         must_fit(self.compiled, dtype is torch.float64, on_chip(device))
-        module, self.path = load(self.compiled.text)
+        module = load(self.compiled.text)
         self._run = Launcher(module.sweep)
         self._tables = [on_device(t.array, device, torch.int32) for t in self.compiled.tables]
         self._weights = [_layout(w, device) for w in self.compiled.weights]
@@ -105,6 +105,7 @@ class TritonKernel:
         marks: Tensor | None = None, at: int = 0, finish: bool = False,
     ) -> None:  # fmt: skip
         """All chunks; or those of samples that `marks` from `at` on say moved; or, to finish, what is left of each sample at one go."""
+        setting = self.setting  # which another thread may change meanwhile
         chunks, (batch, row) = len(spans), start.shape[-2:]
         if not start.is_contiguous():
             start = start.contiguous()
@@ -127,8 +128,9 @@ class TritonKernel:
             args += (None, 0, 0) if y is None else time(y)
         args += [*sums, *self._tables]
         lanes = batch if finish else chunks * batch
-        programs = -(-lanes * self.program.lanes // self.block) if self.compiled.scalar else -(-lanes // self.block) * self.program.lanes
-        self._run(programs, args, {"LEAD": led, "SIZES": sizes is not None, "FINISH": finish, "BLOCK": self.block}, self.setting.warps)
+        block, each = setting.block, self.program.lanes
+        programs = -(-lanes * each // block) if self.compiled.scalar else -(-lanes // block) * each
+        self._run(programs, args, {"LEAD": led, "SIZES": sizes is not None, "FINISH": finish, "BLOCK": block}, setting.warps)
 
     def alone(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],

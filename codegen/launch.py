@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqparc.codegen import openmp
 from seqparc.codegen.build import load
 from seqparc.codegen.c import CSource, emit
 from seqparc.ir import Program
@@ -30,7 +31,8 @@ class CKernel:
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype
         self.compiled: CSource = emit(program, dtype is torch.float64)
-        library, self.path = load(self.compiled.text, self.compiled.parts)
+        library = load(self.compiled.text, self.compiled.parts)
+        openmp.runs_on(library)
         self._run, self._gap = library.seqparc_run, library.seqparc_gap
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None
@@ -79,7 +81,7 @@ class CKernel:
         apart = batch * row if start.dim() == 3 else 0
         end = start.new_empty((chunks, batch, row))
         args: list[int] = [
-            chunks, batch, torch.get_num_threads(), *spans.addresses, start.data_ptr(), 0 if reached is None else reached.data_ptr(),
+            chunks, batch, openmp.threads(), *spans.addresses, start.data_ptr(), 0 if reached is None else reached.data_ptr(),
             end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row, apart,
         ]  # fmt: skip
 

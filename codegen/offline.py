@@ -112,7 +112,7 @@ def inspect(program: Program, dtype: torch.dtype, target: str | Target, precisio
         raise ToolchainError(f"{program.name} has no Triton kernel, and runs on the torch backend: {error}") from error
     block, warps = tile_of(source)
     constants = {name: value for name, value in (WHOLE | {"BLOCK": block} | dict.fromkeys(LATER)).items() if name in source.signature}
-    used = _compiled(load(source.text)[0].sweep, source.signature, constants, card, warps)
+    used = _compiled(load(source.text).sweep, source.signature, constants, card, warps)
     loop, steps = time_loop(used, source, block, warps * card.warp, 8 if double else 4)
     moved = traffic(program, 8 if double else 4)
     elements = steps * block * program.n / (warps * card.warp)
@@ -123,7 +123,7 @@ def _inspect_parts(program: Program, card: Target, double: bool, why: str) -> li
     """The kernels of a step that the host walks through."""
     parts = split(program)
     source = emit_parts(program, parts.plan, parts.places, double)
-    module = load(source.text)[0]
+    module = load(source.text)
     reports = []
     for part in source.parts:
         rows, columns = part.tile

@@ -179,7 +179,8 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         else:
             rows.append((p.address(index), "lane_r"))
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
-    out = [_HEAD.format(name=program.name, lanes=program.lanes, n=program.n, double=int(p.double), scalar=int(p.scalar), width=parts[0])]
+    name, double, scalar = ir.plain(program.name), int(p.double), int(p.scalar)
+    out = [_HEAD.format(name=name, lanes=program.lanes, n=program.n, double=double, scalar=scalar, width=parts[0])]
     main = ["const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
     main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];"]

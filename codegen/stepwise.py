@@ -24,7 +24,10 @@ from seqparc.codegen.launcher import Launcher
 from seqparc.codegen.parts import Product, split
 from seqparc.codegen.schedule import TooIrregularError
 from seqparc.ir import Program, Value
+from seqparc.locks import Lock
 from seqparc.spans import Spans
+
+_precision = Lock()
 
 Ints = NDArray[np.integer[Any]]
 
@@ -44,7 +47,7 @@ class StepKernel:
         parts = split(program)
         self.work, self.places, self.widths = parts.work, parts.places, parts.widths
         self.compiled = emit(program, parts.plan, parts.places, dtype is torch.float64)
-        module, self.path = load(self.compiled.text)
+        module = load(self.compiled.text)
         self._run = [Launcher(getattr(module, part.name)) for part in self.compiled.parts]
         self._indices: dict[ir.Index, tuple[Tensor, Tensor | None]] = {}
         self._tables = [on_device(t.array, device, torch.int32) for t in self.compiled.tables]
@@ -261,12 +264,13 @@ def _fold(how: str, x: Callable[[], Tensor], out: Tensor) -> Callable[[], Any]:
 def full_precision(precision: str) -> Iterator[None]:
     """The library's float32 products in full precision meanwhile, or in TF32 where that was asked for."""
     library = torch.backends.cuda.matmul
-    was = library.fp32_precision
-    library.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        library.fp32_precision = was
+    with _precision():  # it is one for all threads
+        was = library.fp32_precision
+        try:
+            library.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            yield
+        finally:
+            library.fp32_precision = was
 
 
 def kernel(program: Program, dtype: torch.dtype, device: torch.device, precision: str = "ieee") -> TritonKernel | StepKernel:

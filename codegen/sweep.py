@@ -332,7 +332,7 @@ def emit(program: Program, double: bool, precision: str = "ieee") -> TritonSourc
     frame = _Frame(made)
     turn = frame.turn()
     body = frame.main()
-    head = _HEAD.format(name=program.name, lanes=program.lanes, n=program.n, dtype="float64" if double else "float32")
+    head = _HEAD.format(name=ir.plain(program.name), lanes=program.lanes, n=program.n, dtype="float64" if double else "float32")
     text = [head.rstrip("\n"), "", "", "@triton.jit", "def step(", *wrapped([*frame.arguments(), "BLOCK: tl.constexpr"]), "):"]
     text += ["    " + line for line in made.lines]
     text += [f"    return {', '.join(made.returned())}", "", "", "@triton.jit", *turn, "", ""]

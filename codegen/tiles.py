@@ -141,7 +141,7 @@ class Step:
 
     def _let(self, text: str, width: int, src: ir.Source | None = None) -> str:
         name = f"v{len(self.lines)}"
-        comment = f"  # {src.file.rsplit('/', 1)[-1]}:{src.line}" if src else ""
+        comment = f"  # {src.label}" if src else ""
         self.lines.append(f"{name} = {text}{comment}")
         self.shapes[name] = width
         return name

@@ -22,7 +22,7 @@ def _templates() -> dict[str, list[Any]]:
         return symbolic.templates()
 
     sources = (Path(ops.__file__), Path(__file__).with_name("symbolic.py"))
-    return store.remembered("partials", "".join(p.read_text() for p in sources), derive)  # type: ignore[no-any-return]
+    return store.remembered("partials", "".join(p.read_text("utf-8") for p in sources), derive)  # type: ignore[no-any-return]
 
 
 def carry(op: str, operand: int, args: tuple[Value, ...], y: Value, g: Value) -> Value | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from seqparc.codegen import openmp as openmp  # is there before anything forks
 from seqparc.compiler import check, compile_plan
 from seqparc.convention import called
 from seqparc.errors import (

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -132,26 +133,29 @@ def doctor(args: argparse.Namespace) -> int:
         "vectors": torch.backends.cpu.get_cpu_capability(), "cuda": torch.cuda.is_available(),
     }  # fmt: skip
     try:
-        found["compiler"] = " ".join(build.compiler())
+        command, version = build.compiler()
+        found["compiler"] = f"{shlex.join(command)}, {version}"
         rnn = seqparc.compile(lambda x, h: torch.tanh(0.5 * h + x), state=torch.zeros(8), backend="c", name="doctor's cell")
         report = rnn.validate(torch.randn(2, 100, 8))
         found["c backend"] = "ok" if report.ok and report.stats.backend == "c" else f"wrong:\n{report}"
     except ToolchainError as error:
         found["c backend"] = f"not usable: {error}"
-    found["cache"] = str(store.folder())
+    try:
+        found["cache"] = str(store.folder())
+    except OSError as error:
+        found["cache"] = f"not usable: {error}"
     found |= {name: environment(name) or f"unset; {meaning}" for name, (_, meaning) in ENVIRONMENT.items()}
     print(json.dumps(found, indent=2) if args.json else "\n".join(f"{k:16} {v}" for k, v in found.items()))
     return 0 if found["c backend"] == "ok" else 1
 
 
 def cache(args: argparse.Namespace) -> int:
-    """How large the cache of compiled kernels is; --clear empties it."""
-    folder = store.folder()
-    files = [f for f in folder.iterdir() if f.is_file()]
-    about = {"folder": str(folder), "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
+    """How large the cache of compiled kernels is; --clear empties it, of nothing but what seqparc put there."""
+    files = store.files()
+    about = {"folder": str(store.folder()), "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
     if args.clear:
         for f in files:
-            f.unlink(missing_ok=True)
+            store.drop(f)
         about["cleared"] = True
     print(json.dumps(about, indent=2) if args.json else "\n".join(f"{k:8} {v}" for k, v in about.items()))
     return 0

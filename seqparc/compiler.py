@@ -192,8 +192,8 @@ def uncached() -> Iterator[None]:
     """Autocast casts every weight anew meanwhile: one that was cast before would come from nowhere."""
     was = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
     try:
+        torch.set_autocast_cache_enabled(False)
         yield
     finally:
         torch.set_autocast_cache_enabled(was)
@@ -204,9 +204,9 @@ def unfused() -> Iterator[None]:
     """A layer that some library runs as one operation (a sequence layer used as a cell) is taken apart meanwhile."""
     libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     were = [library.enabled for library in libraries]
-    for library in libraries:
-        library.enabled = False
     try:
+        for library in libraries:
+            library.enabled = False
         yield
     finally:
         for library, was in zip(libraries, were, strict=True):

@@ -184,7 +184,8 @@ def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
         if node in stops or node.op == "placeholder":
             key = stops.get(node) or node.meta["key"]
             inputs.append(key)
-            made[node] = graph.placeholder("_".join(map(str, key)).replace(".", "_"))
+            made[node] = graph.placeholder("_".join(map(str, key)))
+            made[node].target = made[node].name  # which is a name of Python's, and of no other: an attribute's may be neither
         else:
             made[node] = graph.node_copy(node, lambda n: made[n])
             operations.append(node)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.errors import ShapeError
+from seqparc.locks import LOOKING
 from seqparc.tree import flatten
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -51,17 +52,18 @@ def _attributes(owned: Mapping[str, Any]) -> dict[str, Any]:
 
 def call(cell: Any, args: Sequence[Any], keywords: Mapping[str, Any], state: Mapping[str, Any], leave: bool = False) -> Any:
     """(what the cell returns, {name: what it holds then}) when it holds this state before; it is put back unless it is to be left so."""
-    owned = owners(cell)
-    before = {} if leave else _attributes(owned)
-    for name, value in state.items():
-        setattr(*_place(owned, name), value)
-    try:
-        result = cell(*args, **keywords)
-        return result, {name: getattr(*_place(owned, name), None) for name in state}
-    finally:
-        for name, value in before.items():
-            if getattr(*_place(owned, name), None) is not value:
+    with LOOKING():  # the cell holds one state at a time
+        owned = owners(cell)
+        before = {} if leave else _attributes(owned)
+        try:
+            for name, value in state.items():
                 setattr(*_place(owned, name), value)
+            result = cell(*args, **keywords)
+            return result, {name: getattr(*_place(owned, name), None) for name in state}
+        finally:
+            for name, value in before.items():
+                if getattr(*_place(owned, name), None) is not value:
+                    setattr(*_place(owned, name), value)
 
 
 def _place(owned: Mapping[str, Any], name: str) -> tuple[Any, str]:
@@ -86,8 +88,9 @@ def untouched(cell: Any, leaves: Sequence[Any], grad: bool = False) -> Iterator[
     finally:
         random.setstate(python)
         for live, was in kept:
-            live.clear()
-            live.update(was)
+            if [*map(id, (*live, *live.values()))] != [*map(id, (*was, *was.values()))]:  # else other threads may be reading it
+                live.clear()
+                live.update(was)
         for items, held in lists:
             items[:] = held
         with torch.no_grad():

@@ -18,6 +18,7 @@ Values are immutable and interned: two equal values are one object, so common su
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from seqparc.locks import Lock
 
 Kind = Literal["state", "stream", "param"]
 Fold = Literal["sum", "max"]
@@ -91,6 +94,16 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
+
+    @property
+    def label(self) -> str:
+        """The same, short and safe in a comment of generated code."""
+        return f"{plain(self.file.rsplit('/', 1)[-1])}:{self.line}"
+
+
+def plain(text: str) -> str:
+    """A text of a user's, without what could end a comment that it stands in: a file's name may hold anything."""
+    return re.sub(r"[^\w .,+()=-]", "?", text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +185,15 @@ class Reduce(Value):
 
 
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Value] = weakref.WeakValueDictionary()
+_interning = Lock()  # the backward kernel is made beside the forward one, and of the same values
 
 
 def _intern(key: tuple[Any, ...], make: Callable[[], Value]) -> Any:
-    found = _interned.get(key)
-    if found is None:
-        # setdefault keeps one object per key when two threads make the same value at once.
-        found = _interned.setdefault(key, make())
-    return found
+    with _interning():
+        found = _interned.get(key)
+        if found is None:
+            found = _interned[key] = make()
+        return found
 
 
 def leaf(kind: Kind, slot: int, index: ArrayLike | Index) -> Leaf:

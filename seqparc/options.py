@@ -83,7 +83,7 @@ class Options:
 #: name -> (default, meaning). The only variables seqparc reads, besides CC.
 ENVIRONMENT = {
     "SEQPARC_CACHE": (None, "folder of generated sources, objects and plans (default: the user's cache folder)"),
-    "CC": (None, "the C compiler (default: the first of cc, gcc, clang)"),
+    "CC": (None, "the C compiler, with arguments if need be (default: the first of cc, gcc, clang)"),
     "SEQPARC_VERIFY": ("0", "1 runs the IR verifier after every pass"),
 }
 

@@ -66,8 +66,7 @@ def print_program(program: Program, comments: bool = True) -> str:
                 text = f"reduce {fold}{names(v.args)} {_index_text(index)}"
             case _:
                 raise TypeError(f"{type(v).__name__} has no text")
-        # The name of a file may hold any blanks, a comment must not hold the end of its line.
-        comment = f"  # {' '.join(src.file.rsplit('/', 1)[-1].split())}:{src.line}" if src and comments else ""
+        comment = f"  # {src.label}" if src and comments else ""
         lines.append(f"%{number[v]} = {text}{comment}")
     lines += ["state" + names(program.state), "next" + names(program.next)]
     for word, stores in (("emit", program.emits), ("sum", program.sums)):

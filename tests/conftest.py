@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the run that starts them
     _CACHE = tempfile.TemporaryDirectory(prefix="seqparc-tests-")
@@ -27,3 +28,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from seqparc.codegen import build
 
     monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O2" else flag for flag in build.FLAGS))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache in a place that a shell would stumble over, and nothing remembered of another."""
+    from seqparc import store
+
+    folder = tmp_path / 'a "cache"; l\'été $HOME #1'
+    monkeypatch.setenv("SEQPARC_CACHE", str(folder))
+    monkeypatch.setattr(store, "_private", None)
+    monkeypatch.setattr(store, "_said", False)
+    return folder

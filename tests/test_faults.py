@@ -214,15 +214,6 @@ def test_divergence_can_be_an_error_or_a_warning() -> None:
 # -- the toolchain and the cache ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and nothing remembered of another."""
-    folder = tmp_path / "a cache, été"
-    monkeypatch.setenv("SEQPARC_CACHE", str(folder))
-    monkeypatch.setattr(store, "_private", None)
-    return folder
-
-
 @pytest.mark.parametrize("backend", ["auto", "c"])
 @pytest.mark.parametrize("missing", [{"PATH": ""}, {"CC": "no-such-compiler"}], ids=["empty PATH", "CC that is not there"])
 def test_no_compiler_is_announced(missing: dict[str, str], backend: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,13 @@ from torch import Tensor
 
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
+from seqparc.locks import Lock
 from seqparc.options import Options
 from seqparc.plan import Choice, History, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
+from seqparc.runtime.making import Begun
 from seqparc.runtime.opaque import OpaqueKernel
 from seqparc.runtime.tuning import Tuner
 from seqparc.spans import cut_evenly
@@ -52,8 +53,8 @@ MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
 def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile: compiling makes many objects that stay, and each round looks through all of torch's (0.1 s)."""
     was = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was:
@@ -72,7 +73,8 @@ class Engine:
         self.kernels: dict[str, tuple[str, Kernel]] = {}
         self.experience: dict[Shape, Experience] = {}
         self._decided: dict[Any, tuple[Choice, Cut, Shape]] = {}
-        self._begun: dict[str, tuple[str, Future[Kernel]]] = {}
+        self._begun: dict[str, tuple[str, Begun[Kernel]]] = {}
+        self._making, self._learning = Lock(), Lock()  # kernels; from runs
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
@@ -96,15 +98,20 @@ class Engine:
 
     def kernel(self, direction: str, program: Program, device: torch.device) -> tuple[str, Kernel]:
         """The kernel of a program on the first backend that takes it; said once if that is not the first."""
-        if direction not in self.kernels:
-            begin = time.perf_counter()
+        with self._making():  # whoever comes second waits
+            if direction not in self.kernels:
+                self.kernels[direction] = self._make(direction, program, device)
+            return self.kernels[direction]
+
+    def _make(self, direction: str, program: Program, device: torch.device) -> tuple[str, Kernel]:
+        begin = time.perf_counter()
+        try:
             while True:
                 name, make = self.backends[0]
+                by, begun = self._begun.pop(direction, ("", None))
                 try:
-                    by, begun = self._begun.pop(direction, ("", None))
                     with uncollected():
-                        self.kernels[direction] = (name, begun.result() if begun and by == name else make(program, self.plan.dtype, device))
-                    break
+                        return name, (begun.result() if begun and by == name else None) or make(program, self.plan.dtype, device)
                 except (ToolchainError, ValueError) as error:
                     if len(self.backends) == 1:
                         raise
@@ -112,16 +119,14 @@ class Engine:
                     message = f"the {name} backend cannot run this cell and hands it to {self.backends[0][0]}: {error}"
                     self.plan.notes.append(message)
                     warnings.warn(message, SeqparcWarning, stacklevel=2)
+        finally:
             self.compile_seconds += time.perf_counter() - begin
-        return self.kernels[direction]
 
     def begin_backward(self, device: torch.device) -> None:
-        """Make the backward kernel beside whatever comes next: compilers are other processes, and there is mostly a core idle."""
+        """Make the backward kernel beside whatever comes next."""
         if "backward" not in self.kernels and "backward" not in self._begun:
             name, make = self.backends[0]
-            worker = ThreadPoolExecutor(1)
-            self._begun["backward"] = name, worker.submit(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
-            worker.shutdown(wait=False)
+            self._begun["backward"] = name, Begun(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
 
     def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int, watched: bool = True) -> tuple[Choice, Cut, Shape]:
         """How to run, the cut that follows from it, and the key that a better warm-up is remembered under.
@@ -219,7 +224,7 @@ class Engine:
         look = isinstance(before, Unseen) and (before.worst is None or self.unwatched < 4 or self.unwatched % LOOK == 0)
         if look and before.ready() and not before.seen().converged:
             self.history[shape[0]].fallbacks += 1
-            del self.sure[shape]  # to be watched again, and learnt from
+            self.sure.pop(shape, None)  # to be watched again, and learnt from
             return 0
         return passes if known is cut else 0
 
@@ -227,13 +232,14 @@ class Engine:
         """Run with the gap read after every pass, and learn from it."""
         options = self.options
         outcome = solve(p, cut)
-        if not options.deterministic and options.warmup is None:
-            self._learn(shape, choice, cut.spans.longest, outcome)
-        if outcome.converged and len(cut.spans) > 1:
-            self.converged.add(shape)
-        if outcome.converged and outcome.update == "none" and outcome.passes <= MOST_PASSES:
-            self.sure[shape] = cut, outcome.passes, outcome
-        self.history[shape[0]].add(outcome.passes, outcome.gap, outcome.converged, choice.given_up)
+        with self._learning():
+            if not options.deterministic and options.warmup is None:
+                self._learn(p, shape, choice, cut, outcome)
+            if outcome.converged and len(cut.spans) > 1:
+                self.converged.add(shape)
+            if outcome.converged and outcome.update == "none" and outcome.passes <= MOST_PASSES:
+                self.sure[shape] = cut, outcome.passes, outcome
+            self.history[shape[0]].add(outcome.passes, outcome.gap, outcome.converged, choice.given_up)
         if outcome.fallback and options.on_divergence == "warn":
             message = f"the {shape[0]} run did not converge and was finished sequentially: {outcome.fallback}"
             warnings.warn(message, SeqparcWarning, stacklevel=2)
@@ -250,9 +256,10 @@ class Engine:
         return Stats() if forward is None else replace(forward, backward=self.own or backward)
 
     def _told(self, direction: str) -> Stats | None:
-        if direction not in self.last:
+        last = self.last.get(direction)
+        if last is None:
             return None
-        name, choice, cut, unseen = self.last[direction]
+        name, choice, cut, unseen = last
         outcome = unseen.seen()
         return Stats(
             backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.spans.longest, warmup=choice.warmup,
@@ -261,16 +268,18 @@ class Engine:
             history=replace(self.history[direction]),
         )  # fmt: skip
 
-    def _learn(self, shape: Shape, choice: Choice, length: int, outcome: Outcome) -> None:
+    def _learn(self, p: Problem, shape: Shape, choice: Choice, cut: Cut, outcome: Outcome) -> None:
         known = self.experience.get(shape)
         if choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
+            if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:
+                return  # another thread's run has taught something since, and this one says nothing about that
             if known is None:
                 known = self.experience[shape] = Experience(choice.warmup, math.inf)
-            known.learn(outcome, choice.warmup, length, FLOOR * torch.finfo(self.plan.dtype).eps)
+            known.learn(outcome, choice.warmup, cut.spans.longest, FLOOR * torch.finfo(self.plan.dtype).eps)
         elif known is not None and choice.strategy == "sequential":
             known.calls += 1
             if known.calls >= RETRY:
-                del self.experience[shape]
+                self.experience.pop(shape, None)
 
     # -- forward ---------------------------------------------------------------------------------------------------------
 

@@ -63,12 +63,14 @@ class CompiledLayer(nn.RNNBase):
         """The compiled cell of every layer and direction (0 forward, 1 backward)."""
         if not self._compiled:
             returns = "out, state" if self.mode == "LSTM" else "state"
+            made = {}
             for number in range(self.num_layers):
                 for direction in range(2 if self.bidirectional else 1):
                     step = Step(self, number, direction)
-                    self._compiled[number, direction] = CompiledRNN(
+                    made[number, direction] = CompiledRNN(
                         step, state=None, signature=f"x, state -> {returns}", options=self._options, name=f"{self.mode}{step.suffix}"
                     )
+            self._compiled.update(made)  # all at once, as another thread may be looking
         return self._compiled
 
     @property

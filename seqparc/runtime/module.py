@@ -18,6 +18,7 @@ from seqparc.captured import Made, parts, reachable
 from seqparc.draws import drawn
 from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, SignatureError, StateError, UnsupportedOpError
 from seqparc.held import Watch, untouched
+from seqparc.locks import LOOKING
 from seqparc.options import Options
 from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
@@ -217,9 +218,11 @@ class CompiledRNN(nn.Module):
     def _known(self, leaves: list[Tensor], structure: sig.Structure, given: tuple[list[Tensor], sig.Structure] | None) -> Call:
         """A call of tensors that hold numbers, understood by what is known from those like it."""
         if not self._made.unchanged():
-            self._made = Made(*self._parts)
-            self._understood.clear()
-            self._engines.clear()
+            with LOOKING():
+                if not self._made.unchanged():  # also when no other thread is looking
+                    self._made = Made(*self._parts)
+                    self._understood.clear()
+                    self._engines.clear()
         parameter = self._first()
         about = (
             structure, *[(v.shape[0], v.shape[2:], v.dtype, v.device) for v in leaves],
@@ -235,14 +238,15 @@ class CompiledRNN(nn.Module):
                 return Call(leaves, known.convention, start, known.about)
         if leaves and not leaves[0].shape[:1].numel():
             return self._stood_in(leaves, structure, given)
-        return self._understand(about, leaves, structure, None if given is None else given[1].unflatten(given[0]))
+        with LOOKING():
+            return self._understand(about, leaves, structure, None if given is None else given[1].unflatten(given[0]))
 
     def _stood_in(self, leaves: list[Tensor], structure: sig.Structure, given: tuple[list[Tensor], sig.Structure] | None) -> Call:
         """A call whose tensors hold no numbers that could be looked at, understood by others in their place."""
         check_x(self, leaves)
         rows = max(size(leaves[0].shape[0]), 1)
         like = [stand_in(v[:, :1], rows) for v in leaves]
-        with self._apart():
+        with LOOKING(), self._apart():
             kept = None if given is None else ([stand_in(s, rows) for s in given[0]], given[1])
             asked = self._known(like, structure, kept)
         if given is not None:
@@ -303,6 +307,15 @@ class CompiledRNN(nn.Module):
             engine = None
         if engine is not None:
             return engine
+        with LOOKING():
+            return self._make_engine(call, cell, key)
+
+    def _make_engine(self, call: Call, cell: Any, key: tuple[Any, ...]) -> Engine | str:
+        """The same, where it has to be made, unless another thread has."""
+        engine = self._engines.get(key)
+        if engine is not None and not (isinstance(engine, Engine) and engine.plan.stale()):
+            return engine
+        engine = None
         surrounded = not plain(call.leaves)
         if surrounded and any(hollow(t) for _, _, t in places(self._parts[0])):
             engine = self._engines.get(key := (*key, "numbers made up"))
@@ -327,14 +340,14 @@ class CompiledRNN(nn.Module):
                 engine = str(error)
                 if cell is self.cell or isinstance(cell, Derived):
                     message = f"{self.name} is not compiled; it runs as the plain loop. {error}"
-                    warnings.warn(message, SeqparcWarning, stacklevel=4)
+                    warnings.warn(message, SeqparcWarning, stacklevel=5)
             if isinstance(engine, Engine):
                 for _, part in engine.parts:
                     part.changed, part.name = self._watch(), self.name
                 if engine.plan.step is not None and (cell is self.cell or isinstance(cell, Derived)):
                     why = engine.plan.own_gradient[0]
                     message = f"{self.name} runs on the torch backend, by calls of the cell for all chunks at once. {why}"
-                    warnings.warn(message, SeqparcWarning, stacklevel=4)
+                    warnings.warn(message, SeqparcWarning, stacklevel=5)
             if name is None:
                 self._engines[key] = engine
         return engine
@@ -372,7 +385,8 @@ class CompiledRNN(nn.Module):
         own = bool(engine.plan.own_gradient)
         if engine.plan.step is not None and transformed():
             raise SeqparcError(f"{self.name} runs by calls of the cell ({engine.plan.own_gradient[0]}), {TRANSFORMED}")
-        used = [(get, get()) for get in engine.plan.attributes.values()] if own else []
+        with LOOKING() if own else contextlib.nullcontext():  # a backward in another thread has others in their places for a while
+            used = [(get, get()) for get in engine.plan.attributes.values()] if own else []
         if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *(t for _, t in used)))):
             done = run(engine, x, start)
             return done.outputs, done.last

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqparc.convention import Convention, called
 from seqparc.errors import SeqparcError
+from seqparc.locks import LOOKING
 from seqparc.runtime.differentiable import once
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.run import Run, before, run
@@ -82,7 +83,8 @@ class OwnGradient(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if transformed() or batched(grads):
             raise SeqparcError(f"{called(call.cell)} has a gradient of its own, {TRANSFORMED}")
-        with torch.no_grad(), recast(x[0].device.type, call.cast), call.again(captured, ctx.needs_input_grad[3 + n_x + n_s :]) as used:
+        asked = ctx.needs_input_grad[3 + n_x + n_s :]
+        with LOOKING(), torch.no_grad(), recast(x[0].device.type, call.cast), call.again(captured, asked) as used:
             found = _gradients(call, x, start, used, states, grads[:-n_s], grads[-n_s:])
         results = (None, None, None, *found)
         return once(results, tensors) if create_graph else results

@@ -51,11 +51,19 @@ class Tuner:
             return
         self.tried.add(key)
         times: dict[Setting, float] = {}
-        for setting in kernel.settings:
-            kernel.setting = setting
-            taken = timed(run, kernel.device)
-            if taken is not None:
-                times[setting] = taken
+        try:
+            for setting in kernel.settings:
+                kernel.setting = setting
+                try:
+                    taken = timed(run, kernel.device)
+                except Exception as error:
+                    if not type(error).__module__.startswith("triton"):
+                        raise
+                    continue  # the card has no room for it
+                if taken is not None:
+                    times[setting] = taken
+        finally:  # what went wrong with one setting goes to the user, and not into later calls
+            kernel.setting = kernel.settings[0]
         usual, best = kernel.settings[0], min(times, key=lambda s: times[s], default=kernel.settings[0])
         if usual in times and times[best] > WORTH * times[usual]:
             best = usual

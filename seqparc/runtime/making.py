@@ -1,0 +1,31 @@
+"""Kernels made beside whatever comes next: compilers are other processes, and there is mostly a core idle."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Begun(Generic[T]):
+    """Something that is being made. What is not ready when the process ends is not waited for."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._process, self._future = os.getpid(), Future[T]()
+        threading.Thread(target=self._run, args=(make,), name="seqparc", daemon=True).start()
+
+    def _run(self, make: Callable[[], T]) -> None:
+        try:
+            self._future.set_result(make())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def result(self) -> T | None:
+        """It, when it is there; None if it failed, which is to be believed when it has failed again, or if another process makes it."""
+        if os.getpid() != self._process or self._future.exception() is not None:
+            return None
+        return self._future.result()
