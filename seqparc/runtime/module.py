@@ -176,7 +176,10 @@ class CompiledRNN(nn.Module):
         return self._last if isinstance(self._last, Engine) else self._last.fallback
 
     def kernels(self) -> dict[tuple[str, str], str]:
-        """{(backend, direction): source} of every kernel made so far; of states solved in stages "forward", "forward 2" and so on."""
+        """{(backend, direction): source} of every kernel made so far; of states solved in stages "forward", "forward 2" and so on.
+
+        With save="store" calls with gradients have kernels of their own, "forward stored" and "backward stored".
+        """
         found = {}
         for engine in self._engines.values():
             if isinstance(engine, Engine):
