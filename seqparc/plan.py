@@ -81,6 +81,11 @@ class Plan:
         return any(t.requires_grad or not same(t, v) for t, v in frozen)
 
     @functools.cached_property
+    def read(self) -> tuple[Any, ...]:
+        """Keys of what the readout reads."""
+        return () if self.readout is None else tuple(self.readout.inputs)
+
+    @functools.cached_property
     def place(self) -> np.ndarray:
         """[lanes, n]: where each state number of a lane lies in the flat state of a sample."""
         offsets = np.concatenate([[0], np.cumsum(self.program.state_sizes)])

@@ -26,6 +26,7 @@ from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.opaque import OpaqueKernel
+from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
 from seqparc.runtime.weights import Places, of_params
 from seqparc.spans import cut_evenly
@@ -85,9 +86,15 @@ class Engine:
         self.tuner = Tuner(options)
         self._places = Places()
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
+        self.told: Stats | None = None  # of a call in slabs
         self.compile_seconds = plan.compile_seconds
         self.stages = [None if s.plan is None else Engine(s.plan, backends, options, choose) for s in plan.stages]
         ENGINES.add(self)
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """See `seqparc.runtime.slabs`."""
+        return row_bytes(self.plan)
 
     @property
     def parts(self) -> list[tuple[str, Engine]]:
@@ -253,6 +260,8 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """What the last call did, in words made only when asked for."""
+        if self.told is not None:
+            return self.told
         if self.stages:
             told = [e.stats for _, e in self.parts if e.last]
             whole = combined(told) if told else Stats()
@@ -294,7 +303,7 @@ class Engine:
         stored: the last of `emits` is for what backward is to read.
         """
         self.last.pop("backward", None)
-        self.own = None
+        self.own = self.told = None
         program = self.stored.program if stored else self.plan.program
         return self.solve("forward", program, whole(start), steps, stored, streams=streams, params=params, emits=emits)[0]
 

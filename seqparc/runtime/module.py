@@ -27,6 +27,7 @@ from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import TRANSFORMED, OwnGradientCall
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
+from seqparc.runtime.slabs import answer
 from seqparc.surroundings import apart, autocast, bare, empty, hollow, modes, places, plain, size, stand_in, transformed, watched, wrapped
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
@@ -377,8 +378,7 @@ class CompiledRNN(nn.Module):
             raise SeqparcError(f"{self.name} runs by calls of the cell ({engine.plan.own_gradient[0]}), {TRANSFORMED}")
         used = [(get, get()) for get in engine.plan.attributes.values()] if own else []
         if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *(t for _, t in used)))):
-            done = run(engine, x, start)
-            return done.outputs, done.last
+            return answer(run, engine, x, start)
         if transformed():
             raise SeqparcError(f"{self.name} has a gradient of its own ({engine.plan.own_gradient[0]}), {TRANSFORMED}")
         if draws := engine.plan.draws:  # the same numbers forward and backward
