@@ -127,5 +127,6 @@ def test_memory_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rnn(x)
         most, left, (y, _) = measured(lambda: rnn(x))
         assert left == pytest.approx(y.numel() * 4, rel=0.01) and most < left + 1.1 * (1 << 20)
+        assert rnn.explain(x).memory["forward"].most == pytest.approx(most, rel=0.1)
         monkeypatch.setattr(slabs, "MOST", 1 << 40)
         assert measured(lambda: rnn(x))[0] > left + 1.5 * (1 << 20)  # there is something to be saved
