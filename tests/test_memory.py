@@ -1,7 +1,10 @@
-"""The stated model of a call's memory against what torch's allocator counts."""
+"""The stated model of a call's memory against what torch's allocator counts; and calls for which there is not enough."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +77,115 @@ def test_it_grows_with_the_shape() -> None:
     assert more.most == pytest.approx(6 * one.most, rel=1e-3)
     assert memory(plan, 2, 1000, True, "store").parts["stored for backward"] == 2 * 1000 * 4 * 32 * 4
     assert memory(plan, 2, 1000, True, of_x=True).left == one.left + 2 * 1000 * 20 * 4
+
+
+# -- not enough of it ------------------------------------------------------------------------------------------------
+
+
+class Fails:
+    """Makes the `left`-th allocation from now on fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str) -> None:
+        self.left: int | None = None
+        self.error, self.message = error, message
+        for name in ("new_empty", "new_zeros", "new_ones", "clone", "contiguous", "index_select", "tanh"):
+            monkeypatch.setattr(torch.Tensor, name, self.failing(getattr(torch.Tensor, name)))
+        for name in ("cat", "zeros", "zeros_like", "tanh", "sigmoid"):
+            monkeypatch.setattr(torch, name, self.failing(getattr(torch, name)))
+
+    def failing(self, real: Any) -> Any:
+        @functools.wraps(real)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    self.left = None
+                    raise self.error(self.message)
+            return real(*args, **kwargs)
+
+        return call
+
+    def at(self, k: int, run: Callable[[], Any]) -> bool:
+        """Run with the k-th allocation failing: whether that was reached. The error must come through as it is."""
+        self.left = k
+        try:
+            run()
+        except self.error as met:
+            assert str(met) == self.message
+            return True
+        reached, self.left = self.left is None, None
+        assert not reached, f"allocation {k} failed and nobody was told"
+        return False
+
+
+def figures(stats: Any) -> Any:
+    return dataclasses.replace(stats, compile_seconds=0, history=None, backward=stats.backward and figures(stats.backward))
+
+
+class Own(nn.Module):
+    """A cell with a gradient of its own."""
+
+    hidden_size = 3
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(x + 0.3 * h + 0.2 * h.detach())
+
+
+ERRORS = {"python": (MemoryError, "none left"), "torch": (RuntimeError, "DefaultCPUAllocator: can't allocate memory")}
+
+
+@pytest.mark.parametrize(("name", "error"), [("GRU", "python"), ("own gradient", "torch")])
+def test_a_failed_call_leaves_nothing_behind(name: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Own() if name == "own gradient" else CELLS[name].make()
+    x = torch.randn(2, 24, 3, requires_grad=True)
+    wanted = [x, *cell.parameters()]
+
+    def run(rnn: seqparc.CompiledRNN) -> tuple[list[Tensor], Any]:
+        y, _ = rnn(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), wanted)], figures(rnn.stats)
+
+    def fresh() -> seqparc.CompiledRNN:
+        options = {"strategy": "shooting", "chunks": 3, "warmup": 2, "save": "store", "deterministic": True}
+        return seqparc.compile(cell, backend="c", options=options)  # type: ignore[no-any-return]
+
+    def as_before(rnn: seqparc.CompiledRNN) -> bool:
+        found, told = run(rnn)
+        return all(torch.equal(a, b) for a, b in zip(found, right, strict=True)) and told == stats
+
+    right, stats = run(fresh())
+    fails, rnn = Fails(monkeypatch, *ERRORS[error]), fresh()
+    assert as_before(rnn)
+    for k in itertools.count():
+        if not fails.at(k, lambda: run(rnn)):
+            break
+        assert as_before(rnn), k
+    assert k > 5
+    for j in range(0, 200, 23):  # while it is being compiled
+        rnn = fresh()
+        if not fails.at(j, lambda: run(rnn)):  # noqa: B023
+            break
+        assert as_before(rnn), j
+    assert j > 20
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_what_a_cell_is_is_not_concluded_from_a_lack_of_memory(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Learned(nn.Module):
+        """Its initial state is learned, and zero today: None is not zeros."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden_size, self.start = 3, nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+            return torch.tanh(x + (self.start.expand(len(x), 3) if h is None else h))
+
+    x, fails = torch.randn(2, 5, 3), Fails(monkeypatch, *ERRORS[error])
+    for k in itertools.count():
+        try:
+            assert fails.at(k, lambda: seqparc.compile(Learned(), backend="torch")(x)), "it was taken for zeros"
+        except seqparc.StateError as told:
+            assert "a state of its own" in str(told) and fails.left is not None
+            fails.left = None
+            break
+    assert k > 5
