@@ -133,6 +133,8 @@ def test_a_maximum_is_compared_with_what_was_rounded_alike() -> None:
     rnn = compiled(runs.cell, "store", "c")
     found = errors(runs.run(runs.compiled(rnn), torch.float32), runs.truth())
     assert max(found.values()) < 1e-5 and ("c", "backward stored") in rnn.kernels(), found
+    adjoint = rnn.engine().plan.stored().adjoint.program  # type: ignore[union-attr]
+    assert any(isinstance(v, ir.Reduce) and v.fold == "max" for v in ir.topological(adjoint.outputs))
 
 
 SCRIPT = """
