@@ -128,7 +128,7 @@ def _stored(order: list[Value], phase: dict[Value, int], outputs: tuple[Value, .
 def _pieces(value: Value, stored: set[Value], scattered: bool) -> list[Ints]:
     """The elements of a target in pieces within which every gather reads one source: runs, or all that read alike."""
     parts = segments(value, stored, {})
-    pieces = np.split(np.arange(value.size, dtype=np.int32), np.flatnonzero(np.diff(parts)) + 1)
+    pieces: list[Ints] = np.split(np.arange(value.size, dtype=np.int32), np.flatnonzero(np.diff(parts)) + 1)
     if scattered and len(pieces) > MANY_RUNS:
         pieces = [np.flatnonzero(parts == p).astype(np.int32) for p in np.unique(parts)]
     if len(pieces) > MOST_PIECES:

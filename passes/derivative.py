@@ -169,12 +169,24 @@ def _contract_back(other: Value, i_other: Ints, i_mine: Ints, size: int, bar: Va
     return ir.contract(other, bar, np.where(table < 0, -1, i_other.reshape(-1)[safe]), rows)
 
 
+def _before(program: Program, state: Leaf) -> Leaf:
+    """A leaf of the state as the adjoint reads it: the state before the step, which was kept."""
+    return ir.leaf("stream", len(program.stream_sizes) + state.slot, state.index)
+
+
+def replayed(program: Program) -> dict[Value, Value]:
+    """Every value of a step -> the same as its adjoint computes it anew."""
+
+    def rule(v: Value, args: tuple[Value, ...]) -> Value:
+        return _before(program, v) if isinstance(v, Leaf) and v.kind == "state" else ir.rebuild(v, args) if args else v
+
+    return ir.rewrite(program.next, rule)
+
+
 def adjoint(program: Program) -> Adjoint:
     """The adjoint of one step of a lane program."""
     n_streams, n_slots = len(program.stream_sizes), len(program.state_sizes)
-    # The step's own values, its state now read from the stored states.
-    stored = {v: ir.leaf("stream", n_streams + v.slot, v.index) for v in program.state}
-    done = ir.rewrite(program.next, lambda v, args: stored.get(v, v) if isinstance(v, Leaf) else ir.rebuild(v, args) if args else v)
+    done = replayed(program)
     following = [done[v] for v in program.next]
     mode = _Reverse(following)
     for before, value in zip(program.state, following, strict=True):
@@ -182,7 +194,7 @@ def adjoint(program: Program) -> Adjoint:
         here = ir.leaf("stream", n_streams + n_slots + before.slot, before.index)
         mode.give(value, ir.map_("add", arriving, here))
     mode.run()
-    before_step = [mode.bar.get(stored[v]) or ir.const(0.0, v.size) for v in program.state]
+    before_step = [mode.bar.get(_before(program, v)) or ir.const(0.0, v.size) for v in program.state]
     emits: list[Store] = []
     sums: list[Store] = []
     emit_sizes = list(program.stream_sizes)

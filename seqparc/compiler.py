@@ -67,6 +67,8 @@ def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
 def assemble(graph: Graph, states: Sequence[StateShape], getters: dict[str, Getter], fold: bool) -> Plan:
     """The plan of a recorded step."""
     from seqparc.passes import dependency, derivative, diagonal, lanes
+    from seqparc.passes.stored import Stored
+    from seqparc.passes.stored import stored as keep
 
     lowered = lower(graph)  # -> Lowered: the core as a Program with one lane
     structure = dependency.analyse(lowered.program)  # -> Structure: who depends on whom, proved
@@ -89,9 +91,31 @@ def assemble(graph: Graph, states: Sequence[StateShape], getters: dict[str, Gett
         return replace(found, program=narrow(found.program))
 
     @functools.cache
-    def jacobian(direction: str, update: str) -> Program:
+    def keeping() -> Stored | None:
+        try:
+            return keep(program, derivative.adjoint(program), scalar is not None)
+        except NotImplementedError:  # there is no derivative; who asks for it is told
+            return None
+
+    @functools.cache
+    def stored() -> Stored | None:
+        found = keeping()
+        return found and replace(
+            found, program=narrow(found.program), adjoint=replace(found.adjoint, program=narrow(found.adjoint.program))
+        )
+
+    #: By the name of its kernel, what a Jacobian is asked of.
+    derived: dict[str, Callable[[], Any]] = {
+        "forward": lambda: program,
+        "backward": lambda: derivative.adjoint(program).program,
+        "forward stored": lambda: keeping().program,  # type: ignore[union-attr]
+        "backward stored": lambda: keeping().adjoint.program,  # type: ignore[union-attr]
+    }
+
+    @functools.cache
+    def jacobian(name: str, update: str) -> Program:
         extend = {"exact": derivative.jacobian, "diagonal": diagonal.diagonal}[update]
-        return narrow(extend(program if direction == "forward" else derivative.adjoint(program).program))
+        return narrow(extend(derived[name]()))
 
     return Plan(
         states=tuple(states),
@@ -108,6 +132,7 @@ def assemble(graph: Graph, states: Sequence[StateShape], getters: dict[str, Gett
         frozen=lowered.frozen,
         coarse=any(getattr(n.meta.get("val"), "dtype", None) in (torch.bfloat16, torch.float16) for n in graph.graph.nodes),
         adjoint=adjoint,
+        stored=stored,
         jacobian=jacobian,
     )
 

@@ -55,5 +55,15 @@ class InternalError(SeqparcError):
     """A fault of seqparc itself, found by one of its own checks. Please report it."""
 
 
+#: What torch's allocators say where an error of theirs is no more than a RuntimeError.
+_SHORT = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def pass_on(error: Exception) -> None:
+    """Raise an error again if it tells of too little memory: it says nothing about the code in which it happened, whatever others would."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)):
+        raise error
+
+
 class SeqparcWarning(UserWarning):
     """Said once, when something works but not the way it was asked for."""

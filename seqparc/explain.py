@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sympy
 from rich.table import Table
+from torch import Tensor
 
 from seqparc import ir
 from seqparc.errors import SeqparcError, ToolchainError
@@ -20,7 +21,9 @@ from seqparc.passes import derivative, symbolic
 from seqparc.plan import Plan, Stats
 from seqparc.report import rendered
 from seqparc.runtime.engine import Engine
+from seqparc.runtime.memory import Memory, memory
 from seqparc.runtime.module import CompiledRNN
+from seqparc.runtime.slabs import count
 
 #: Jacobian entries shown one by one.
 SHOWN = 16
@@ -30,13 +33,14 @@ CARD = "sm_90"
 
 @dataclass(frozen=True)
 class Explanation:
-    """Sections of text, the Jacobian's pattern and symbolic entries, and the statistics of the last call."""
+    """Sections of text, the Jacobian's pattern and symbolic entries, the statistics of the last call, and the memory that one takes."""
 
     name: str
     sections: tuple[tuple[str, tuple[str, ...]], ...]
     pattern: np.ndarray
     entries: tuple[tuple[str, sympy.Expr], ...]
     stats: Stats
+    memory: dict[str, Memory] = field(default_factory=dict)  # of "forward" alone and of "forward and backward"
 
     def __str__(self) -> str:
         table = Table(title=self.name, show_header=False, show_lines=True, title_justify="left")
@@ -61,6 +65,7 @@ class Explanation:
             **{title: list(lines) for title, lines in self.sections},
             "pattern": self.pattern.astype(int).tolist(),
             "entries": {name: str(e) for name, e in self.entries},
+            "bytes": {what: asdict(m) for what, m in self.memory.items()},
         }
 
     def to_latex(self) -> str:
@@ -110,9 +115,25 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
             (f"kernels{suffix}", _kernels(part)),
             *([(f"GPU kernel{suffix}", told)] if (told := _gpu(part)) else []),
         ]
+    taken = _memory(engine, leaves) if x is not None else {}
+    if taken:
+        sections.append(("memory of a call", tuple(line for what, m in taken.items() for line in m.lines(what))))
     notes = dict.fromkeys(note for p in (plan, *(part.plan for _, part in engine.parts)) for note in p.notes)
     sections += [("notes", tuple(notes))] if notes else []
-    return Explanation(rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), engine.stats)
+    return Explanation(rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), engine.stats, taken)
+
+
+def _memory(engine: Engine, x: Sequence[Tensor]) -> dict[str, Memory]:
+    """What calls on x like this take, cut into chunks as the last one was; the gradient's too where there is a compiled one."""
+    s, save = engine.stats, engine.options.save
+    batch, steps = x[0].shape[:2]
+    chunks = s.chunks, s.backward.chunks if s.backward is not None else s.chunks
+    found = {"forward": memory(engine.plan, batch, steps, chunks=chunks, slabs=count(batch, steps, engine.row_bytes))}
+    if not engine.plan.own_gradient:
+        found["forward and backward"] = memory(
+            engine.plan, batch, steps, True, save, chunks, any(v.requires_grad for v in x)
+        )  # fmt: skip
+    return found
 
 
 def _stages(plan: Plan) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -166,24 +166,27 @@ def classify(graph: fx.Graph) -> None:
 
 @dataclass
 class Piece:
-    """A part of the graph that torch runs: `run(*values)` with one value per entry of `inputs`."""
+    """A part of the graph that torch runs: `run(*values)` with one value per entry of `inputs`, which `sources` are in the whole graph."""
 
     inputs: list[Key]
     run: Callable[..., Sequence[torch.Tensor]]
     code: str
     operations: list[fx.Node]
+    sources: list[fx.Node] = field(default_factory=list)
 
 
 def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
     """The part of a graph that computes `outputs` from the nodes in `stops` and from placeholders."""
     graph = fx.Graph()
     inputs: list[Key] = []
+    sources: list[fx.Node] = []
     made: dict[fx.Node, fx.Node] = {}
     operations: list[fx.Node] = []
     for node in _order(outputs, stops):
         if node in stops or node.op == "placeholder":
             key = stops.get(node) or node.meta["key"]
             inputs.append(key)
+            sources.append(node)
             made[node] = graph.placeholder("_".join(map(str, key)))
             made[node].target = made[node].name  # which is a name of Python's, and of no other: an attribute's may be neither
         else:
@@ -197,7 +200,7 @@ def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
                 first.prepend(node)
     graph.output(tuple(made[n] for n in outputs))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    return Piece(inputs, module.forward, module.code, [n for n in operations if "val" in n.meta])
+    return Piece(inputs, module.forward, module.code, [n for n in operations if "val" in n.meta], sources)
 
 
 def _order(outputs: Iterable[fx.Node], stops: Container[fx.Node]) -> list[fx.Node]:

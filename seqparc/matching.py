@@ -12,7 +12,7 @@ from torch import Tensor
 from seqparc import held
 from seqparc.convention import HELP, Convention, Order, orders, parameters_of
 from seqparc.draws import seed
-from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
+from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError, pass_on
 from seqparc.tree import Structure, describe, flatten, seen
 
 #: The batch at which a cell is tried with None: no tuple of states is as long, so it cannot be unpacked in a tuple's place.
@@ -63,6 +63,7 @@ def match(
             try:
                 result = trial(cell, way, x, state)
             except Exception as error:  # whatever the user's code raises, it says only that this is not the way to call it
+                pass_on(error)
                 failures.append((order, error))
                 continue
             fit = _reading(way, readings, name, result, state)
@@ -132,6 +133,7 @@ def match_held(
             with held.untouched(cell, x), held.Used() as used:
                 result = way.invoke(cell, [t.clone() for t in x], copies)
         except Exception as error:  # whatever the user's code raises
+            pass_on(error)
             failures.append(error)
             continue
         if not used.reads(copies):
@@ -163,7 +165,8 @@ def refuse_more(cell: Any, way: Convention, name: str, x: list[Tensor], state: l
             seed(x[0].device)
             try:
                 results.append(way.invoke(cell, [t.clone() for t in x], [t.clone() for t in state], leave=True))
-            except Exception:  # a state that the cell cannot have; what is compiled is compared with the cell anyhow
+            except Exception as error:  # a state that the cell cannot have; what is compiled is compared with the cell anyhow
+                pass_on(error)
                 return
             changed = [n for n in watch.replaced() if n not in way.held]
             if not changed:

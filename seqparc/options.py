@@ -38,7 +38,11 @@ class Options:
                     takes seconds to compile. What was found before is used either way
     deterministic   nothing adapts from run to run, nothing depends on the number of threads
     precision       of float32 contractions on a GPU
-    save            what forward keeps for backward: "recompute" keeps states only
+    save            what forward keeps for backward: "recompute" the states only, and backward computes the values of each step anew;
+                    "store" also what is costly of those (products with the state, exp, tanh and their like): quicker where arithmetic
+                    and not memory is what a step waits for, and larger by as many numbers a step as `rnn.explain(x)` says.
+                    Under transforms of torch.func, in graphs of torch.compile and torch.export, and for cells that bring a gradient
+                    of their own or run by calls of the cell, it is "recompute" whatever is asked for
     """
 
     strategy: Strategy = "auto"

@@ -53,7 +53,8 @@ class Plan:
     frozen: dict[str, torch.Tensor]  # attributes whose values the structure relies on
     coarse: bool  # some of the cell is computed in 16 bits, by its dtypes or by autocast
     adjoint: Callable[[], Any]
-    jacobian: Callable[[str, str], Program]  # (direction, update) -> the program that carries that update's matrices too
+    jacobian: Callable[[str, str], Program]  # (name of a kernel, update) -> the program that carries that update's matrices too
+    stored: Callable[[], Any]  # seqparc.passes.stored.Stored: the program and the adjoint of save="store"; None if there is nothing to keep
     inputs: int = 0  # leaves of x, before the draws
     draws: tuple[Draw, ...] = ()  # random numbers of every step, further leaves of x
     own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words
@@ -78,6 +79,11 @@ class Plan:
         frozen = [(self.attributes[name](), value) for name, value in self.frozen.items()]
         # While a model is exported its tensors hold no numbers; the operator that the graph holds asks again.
         return any(t.requires_grad or not same(t, v) for t, v in frozen)
+
+    @functools.cached_property
+    def read(self) -> tuple[Any, ...]:
+        """Keys of what the readout reads."""
+        return () if self.readout is None else tuple(self.readout.inputs)
 
     @functools.cached_property
     def place(self) -> np.ndarray:

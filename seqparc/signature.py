@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqparc import held
 from seqparc.convention import Convention, Order, called, declared_order, orders, parameters_of
 from seqparc.draws import seed
-from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError
+from seqparc.errors import SeqparcError, ShapeError, SignatureError, StateError, pass_on
 from seqparc.matching import TRIAL_BATCH, Declared, alike, checked, match, match_held, no_room, refuse_more, rows_of, trial, x_only
 from seqparc.tree import LEAF, Structure, describe, flatten
 
@@ -93,6 +93,7 @@ def _initial(cell: Any, name: str, x: list[Tensor], inputs: Structure, batch: in
             try:
                 made = make(batch)
             except Exception as error:  # whatever the user's code raises
+                pass_on(error)
                 raise StateError(
                     f"{name}.{method}({batch}) raised {type(error).__name__}: {error}. It is called with the batch size and returns a "
                     "state [batch, ...]; or give state= to seqparc.compile."
@@ -135,7 +136,8 @@ def _from_none(cell: Any, name: str, x: list[Tensor], inputs: Structure, declare
         way = Convention(order.words, shape, inputs, keywords=order.keywords)
         try:
             result = trial(cell, way, x, [None] * n)
-        except Exception:  # whatever the user's code raises: it takes no None here
+        except Exception as error:  # whatever the user's code raises: it takes no None here
+            pass_on(error)
             continue
         fits, other = [], False
         for state in _candidates(result, n, len(x[0])):
@@ -143,7 +145,8 @@ def _from_none(cell: Any, name: str, x: list[Tensor], inputs: Structure, declare
             same = dataclasses.replace(way, state=structure)
             try:
                 again = trial(cell, same, x, zeros)
-            except Exception:  # this part of what came back is not the state
+            except Exception as error:  # this part of what came back is not the state
+                pass_on(error)
                 continue
             if not alike(result, again) or _own_start(cell, way, same, x, [None] * n, zeros):
                 other = True
@@ -193,7 +196,8 @@ def _own_start(cell: Any, none: Convention, zero: Convention, x: list[Tensor], n
     """Whether the cell uses parameters for None that it does not use for zeros: a learned initial state."""
     try:
         used = [_parameters_used(trial(cell, way, x, state, grad=True)) for way, state in ((none, nones), (zero, zeros))]
-    except Exception:  # the cell cannot be differentiated, so nothing in it is learned
+    except Exception as error:  # the cell cannot be differentiated, so nothing in it is learned
+        pass_on(error)
         return False
     return not used[0] <= used[1]
 
@@ -216,7 +220,8 @@ def _by_sample(cell: Any, way: Convention, x: list[Tensor], zeros: list[Tensor])
     turned = torch.arange(len(x[0]), device=x[0].device).flip(0)
     try:
         return alike(trial(cell, way, x, state), trial(cell, way, [t[turned] for t in x], [s[turned] for s in state]), turned)
-    except Exception:  # whatever the user's code raises
+    except Exception as error:  # whatever the user's code raises
+        pass_on(error)
         return False
 
 
@@ -238,7 +243,8 @@ def held_state(cell: Any, x: list[Tensor], inputs: Structure) -> dict[str, Any] 
             try:
                 result = way.invoke(cell, [t.clone() for t in x], [])
                 flatten(result)
-            except Exception:  # whatever the user's code raises: it is not called so, or gives nothing out
+            except Exception as error:  # whatever the user's code raises: it is not called so, or gives nothing out
+                pass_on(error)
                 continue
             after = {n: v for n, v in watch.changed().items() if _per_sample(v, len(x[0])) and n in before}
         if not after:

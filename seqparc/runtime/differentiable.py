@@ -31,15 +31,16 @@ class Solve(torch.autograd.Function):
         for r, s in zip(room, start, strict=True):
             r.select(1, 0).copy_(s)
         states = [r.narrow(1, 1, steps) for r in room]
-        end = engine.forward(start, streams, params, states, steps)
-        ctx.engine, ctx.counts = engine, counts
-        ctx.save_for_backward(*tensors, *room)
+        stored = [] if engine.stored is None else [start[0].new_empty(start[0].shape[0], steps, engine.stored.numbers)]
+        end = engine.forward(start, streams, params, [*states, *stored], steps, bool(stored))
+        ctx.engine, ctx.counts, ctx.stored = engine, counts, len(stored)
+        ctx.save_for_backward(*stored, *tensors, *room)
         return (*states, *parts(end, start))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n_state, n_stream = ctx.counts
-        saved = ctx.saved_tensors
+        stored, saved = ctx.saved_tensors[: ctx.stored], ctx.saved_tensors[ctx.stored :]
         tensors, room = saved[:-n_state], saved[-n_state:]
         if torch.compiler.is_compiling():  # compiled autograd
             from seqparc.runtime import traced
@@ -55,20 +56,22 @@ class Solve(torch.autograd.Function):
         with recast(room[0].device.type, None), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
             g_last = whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
-            results = (None, None, None, *gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last))
+            found = gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last, stored=stored)
+            results = (None, None, None, *found)
         return once(results, tensors) if torch.is_grad_enabled() else results
 
 
 def gradients(
     engine: Engine, start: Sequence[Tensor], before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor],
-    g_states: Sequence[Tensor | None], g_last: Tensor, groups: int = 0,
+    g_states: Sequence[Tensor | None], g_last: Tensor, groups: int = 0, stored: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the start state per slot, the streams and the parameters, from those of the states after each step and of the last.
 
     groups: if given, those of the parameters are [groups, ...], of as many parts of the batch.
+    stored: what forward wrote beside the states, if it did.
     """
     given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
-    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last, groups)
+    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last, groups, stored)
     lead = (groups,) if groups else ()
     shaped = [None if g is None else g.view((*lead, *p.shape)) for g, p in zip(g_params, params, strict=True)]
     cast = [g if g is None or g.dtype == s.dtype else g.to(s.dtype) for g, s in zip(g_streams, streams, strict=True)]

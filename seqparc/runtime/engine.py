@@ -27,7 +27,9 @@ from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.making import Begun
 from seqparc.runtime.opaque import OpaqueKernel
+from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
+from seqparc.runtime.weights import Places, of_params
 from seqparc.spans import cut_evenly
 
 #: A start state has converged when it moves by at most this many rounding units, by chunk length. A state that remembers M steps holds the
@@ -84,11 +86,17 @@ class Engine:
         self.warned = False  # that it has become sequential
         self.changed: Callable[[], bool] = lambda: False  # whether the cell is another than the one that was traced
         self.tuner = Tuner(options)
-        self._indices: dict[Any, Tensor] = {}
+        self._places = Places()
         self.own: Stats | None = None  # of the adjoint that a cell brings itself
+        self.told: Stats | None = None  # of a call in slabs
         self.compile_seconds = plan.compile_seconds
         self.stages = [None if s.plan is None else Engine(s.plan, backends, options, choose) for s in plan.stages]
         ENGINES.add(self)
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """See `seqparc.runtime.slabs`."""
+        return row_bytes(self.plan)
 
     @property
     def parts(self) -> list[tuple[str, Engine]]:
@@ -122,11 +130,18 @@ class Engine:
         finally:
             self.compile_seconds += time.perf_counter() - begin
 
+    @functools.cached_property
+    def stored(self) -> Any:
+        """The programs of save="store" (`seqparc.passes.stored.Stored`); None where backward recomputes."""
+        return self.plan.stored() if self.options.save == "store" else None
+
     def begin_backward(self, device: torch.device) -> None:
         """Make the backward kernel beside whatever comes next."""
-        if "backward" not in self.kernels and "backward" not in self._begun:
+        key = "backward" if self.stored is None else "backward stored"
+        if key not in self.kernels and key not in self._begun:
             name, make = self.backends[0]
-            self._begun["backward"] = name, Begun(lambda: make(self.plan.adjoint().program, self.plan.dtype, device))
+            adjoint = self.plan.adjoint if self.stored is None else lambda: self.stored.adjoint
+            self._begun[key] = name, Begun(lambda: make(adjoint().program, self.plan.dtype, device))
 
     def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int, watched: bool = True) -> tuple[Choice, Cut, Shape]:
         """How to run, the cut that follows from it, and the key that a better warm-up is remembered under.
@@ -169,20 +184,23 @@ class Engine:
                 warnings.warn(message, SeqparcWarning, stacklevel=2)
         return decided
 
-    def correction(self, direction: str, device: torch.device, update: str) -> tuple[Kernel, np.ndarray]:
+    def correction(self, key: str, device: torch.device, update: str) -> tuple[Kernel, np.ndarray]:
         """See `seqparc.runtime.driver.Problem`."""
-        made = self.kernel(f"{direction} {update}", self.plan.jacobian(direction, update), device)[1]
+        made = self.kernel(f"{key} {update}", self.plan.jacobian(key, update), device)[1]
         return made, self.plan.place if update == "exact" else self.plan.place.reshape(-1, 1)
 
-    def solve(self, direction: str, program: Program, start: Tensor, steps: int, **problem: Any) -> tuple[Tensor, list[Tensor]]:
+    def solve(
+        self, direction: str, program: Program, start: Tensor, steps: int, stored: bool = False, **problem: Any
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run one recurrence: decide, cut, solve, remember. The last state [batch, numbers] and the sums [chunks, batch, numbers]."""
+        key = f"{direction} stored" if stored else direction
         if not start.shape[0]:  # an empty batch
             self.last.pop(direction, None)
             return start.clone(), [start.new_zeros(1, 0, n) for n in problem.get("sum_sizes", ())]
-        name, kernel = self.kernels.get(direction) or self.kernel(direction, program, start.device)
+        name, kernel = self.kernels.get(key) or self.kernel(key, program, start.device)
         alike = self.tuner.adopt(kernel, direction, start.shape[0], steps) if hasattr(kernel, "settings") else None
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
-        correction = functools.partial(self.correction, direction, start.device)
+        correction = functools.partial(self.correction, key, start.device)
         p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, group=self.plan.program.n, **problem)
         passes = self._unwatched(shape, cut) if hasattr(kernel, "alone") else 0
         if self.capturing() and not passes and len(cut.spans) > 1:
@@ -248,6 +266,8 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """What the last call did, in words made only when asked for."""
+        if self.told is not None:
+            return self.told
         if self.stages:
             told = [e.stats for _, e in self.parts if e.last]
             whole = combined(told) if told else Stats()
@@ -284,26 +304,30 @@ class Engine:
     # -- forward ---------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor], steps: int
-    ) -> Tensor:
-        """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state."""
+        self, start: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor], steps: int,
+        stored: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Write the states to `emits`, [batch, time, numbers] per slot; returns the last state.
+
+        stored: the last of `emits` is for what backward is to read.
+        """
         self.last.pop("backward", None)
-        self.own = None
-        return self.solve("forward", self.plan.program, whole(start), steps, streams=streams, params=params, emits=emits)[0]
+        self.own = self.told = None
+        program = self.stored.program if stored else self.plan.program
+        return self.solve("forward", program, whole(start), steps, stored, streams=streams, params=params, emits=emits)[0]
 
     # -- backward --------------------------------------------------------------------------------------------------------
 
     def backward(
         self, before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], g_states: Sequence[Tensor], g_last: Tensor,
-        groups: int = 0,
+        groups: int = 0, stored: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
         """Gradients of the start state (flat), the streams and the parameters (flat). `before`: the state before each step.
 
         groups: if given, those of the parameters are [groups, ...], of as many parts of the batch.
+        stored: what forward wrote beside the states, if it did.
         """
-        plan = self.plan
-        assert plan.adjoint is not None
-        adjoint = plan.adjoint()
+        adjoint = self.stored.adjoint if stored else self.plan.adjoint()
         program = adjoint.program
         batch, steps = before[0].shape[:2]
         n_streams = len(streams)
@@ -311,9 +335,10 @@ class Engine:
             (g_last.new_empty if filled == 1 else g_last.new_zeros)(batch, steps, size) if filled else None
             for filled, size in zip(program.filled, program.emit_sizes, strict=True)
         ]
+        read = [*streams, *before, *g_states, *stored]
         end, sums = self.solve(
-            "backward", program, g_last, steps, streams=[*streams, *before, *g_states],
-            params=params, emits=emits, sum_sizes=program.sum_sizes, backwards=True,
+            "backward", program, g_last, steps, bool(stored), streams=read, params=params, emits=emits, sum_sizes=program.sum_sizes,
+            backwards=True,
         )  # fmt: skip
         g_streams: list[Tensor | None] = [None] * n_streams
         for e in adjoint.streams:
@@ -321,79 +346,20 @@ class Engine:
             assert out is not None
             if not e.direct:
                 wide = out.new_zeros(batch, steps, streams[e.target].shape[-1])
-                out = wide.index_add_(-1, self._at(e.columns, out.device), out)
+                out = wide.index_add_(-1, self._places(e.columns, out.device), out)
             g_streams[e.target] = out
         if not groups:
-            return end, g_streams, self._of_params(emits, sums, [*streams, *before], params)
+            return end, g_streams, of_params(adjoint, emits, sums, read, params, self._places)
         own = [
-            self._of_params(_group(emits, k, groups), _group(sums, k, groups, 1), _group((*streams, *before), k, groups), params)
+            of_params(adjoint, _group(emits, k, groups), _group(sums, k, groups, 1), _group(read, k, groups), params, self._places)
             for k in range(groups)
         ]
         return end, g_streams, [None if column[0] is None else torch.stack(list(column)) for column in zip(*own, strict=True)]
-
-    def _of_params(
-        self, emits: Sequence[Tensor | None], sums: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """Gradients of the parameters from what the adjoint's kernel wrote. `streams`: the states before each step are the last."""
-        adjoint = self.plan.adjoint()
-        g_params: list[Tensor | None] = [None] * len(params)
-        for e in adjoint.params:
-            total = sums[e.slot].sum((0, 1))
-            if not e.direct:
-                total = total.new_zeros(params[e.target].numel()).index_add_(0, self._at(e.columns, total.device), total)
-            g_params[e.target] = _plus(g_params[e.target], total)
-        for o in adjoint.outers:
-            g_params[o.param] = _plus(g_params[o.param], self._outer(o, emits, streams, params))
-        return g_params
-
-    def _at(self, index: Any, device: torch.device) -> Tensor:
-        """An index of the plan as torch wants it, flat."""
-        if (index, device) not in self._indices:
-            self._indices[index, device] = torch.from_numpy(index.array.reshape(-1).astype(np.int64)).to(device)
-        return self._indices[index, device]
-
-    def _outer(self, o: Any, emits: Sequence[Tensor | None], streams: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-        """Σ over steps and samples of delta xᵀ, put where the weight's elements lie."""
-        lanes = o.columns.shape[0]
-        delta = emits[o.delta]
-        assert delta is not None
-        d = delta.reshape(delta.shape[0] * delta.shape[1], lanes, delta.shape[-1] // lanes)
-        if o.x >= 0:
-            given = emits[o.x]
-            assert given is not None
-            x = given.reshape(d.shape[0], lanes, given.shape[-1] // lanes)
-        else:
-            given = streams[-1 - o.x]
-            x = given.reshape(d.shape[0], given.shape[-1])
-            if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
-                x = x.index_select(-1, self._at(o.columns, x.device))
-            x = x if x.dtype == d.dtype else x.to(d.dtype)
-            x = x.reshape(d.shape[0], lanes, x.shape[-1] // lanes)
-        if lanes == 1:
-            m = (d[:, 0].t() @ x[:, 0])[None]
-        else:
-            m = torch.einsum("nle,nlk->lek", d, x)
-        ix = o.ix.array
-        if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
-            picked = m
-        else:
-            at = self._at(o.ix, m.device).clamp_min(0).reshape(ix.shape)
-            picked = m.gather(2, at.expand(lanes, -1, -1))
-        target = o.target.array.reshape(-1)
-        size = params[o.param].numel()
-        if np.array_equal(target, np.arange(size)):
-            return picked.reshape(-1)
-        to = self._at(o.target, picked.device)  # past the end is what is left out
-        return picked.new_zeros(size + 1).index_add_(0, torch.where(to < 0, size, to), picked.reshape(-1))[:size]
 
 
 def _group(of: Sequence[Tensor | None], k: int, groups: int, axis: int = 0) -> list[Any]:
     """A part of the batch."""
     return [None if t is None else t.unflatten(axis, (groups, t.shape[axis] // groups)).select(axis, k) for t in of]
-
-
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
 
 
 def whole(parts: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from seqparc.runtime.engine import Engine, uncollected
 from seqparc.runtime.own import TRANSFORMED, OwnGradientCall
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
+from seqparc.runtime.slabs import answer
 from seqparc.surroundings import apart, autocast, bare, empty, hollow, modes, places, plain, size, stand_in, transformed, watched, wrapped
 
 #: The stages a compiled module calls, put here by the package: the runtime imports none of them.
@@ -177,7 +178,10 @@ class CompiledRNN(nn.Module):
         return self._last if isinstance(self._last, Engine) else self._last.fallback
 
     def kernels(self) -> dict[tuple[str, str], str]:
-        """{(backend, direction): source} of every kernel made so far; of states solved in stages "forward", "forward 2" and so on."""
+        """{(backend, direction): source} of every kernel made so far; of states solved in stages "forward", "forward 2" and so on.
+
+        With save="store" calls with gradients have kernels of their own, "forward stored" and "backward stored".
+        """
         found = {}
         for engine in self._engines.values():
             if isinstance(engine, Engine):
@@ -388,8 +392,7 @@ class CompiledRNN(nn.Module):
         with LOOKING() if own else contextlib.nullcontext():  # a backward in another thread has others in their places for a while
             used = [(get, get()) for get in engine.plan.attributes.values()] if own else []
         if not own or not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *(t for _, t in used)))):
-            done = run(engine, x, start)
-            return done.outputs, done.last
+            return answer(run, engine, x, start)
         if transformed():
             raise SeqparcError(f"{self.name} has a gradient of its own ({engine.plan.own_gradient[0]}), {TRANSFORMED}")
         if draws := engine.plan.draws:  # the same numbers forward and backward

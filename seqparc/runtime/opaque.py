@@ -102,6 +102,7 @@ def plan_of(
         frozen={},
         coarse=False,
         adjoint=none,
+        stored=none,
         jacobian=none,
         own_gradient=(why,),
         step=step,

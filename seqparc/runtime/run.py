@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Run(NamedTuple):
-    """Leaves: the states after each step [batch, time, ...], the outputs [batch, time, ...], the last state [batch, ...]."""
+    """Leaves: the states after each step [batch, time, ...], the outputs [batch, time, ...], the last state [batch, ...].
+
+    end: the last state as the core has it, flat and in the dtype of the arithmetic.
+    """
 
     states: list[Tensor]
     outputs: list[Tensor]
     last: list[Tensor]
+    end: Sequence[Tensor]
 
 
 def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
@@ -48,16 +52,17 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
         return values[key]
 
     if plan.stages:
-        states, last = staged(engine, x, start, value)
-        return Run(states, _read(plan, values, value, states, start, batch, steps), last)
+        states, last, ends = staged(engine, x, start, value)
+        return Run(states, _read(plan, values, value, states, start, batch, steps), last, ends)
     weights = plan.weights.run(*map(value, plan.weights.inputs))
     if all(d is not None for d in plan.direct):
         whole = [x[d] for d in plan.direct if d is not None]
         streams = [x if x.dim() == 3 else x.reshape(batch, steps, n) for x, n in zip(whole, plan.core.stream_sizes, strict=True)]
     else:
         made = plan.prelude.run(*map(value, plan.prelude.inputs))
-        values |= {("stream", i): s for i, s in enumerate(made)}
+        values |= {key: made[key[1]] for key in plan.read if key[0] == "stream"}
         streams = [s.reshape(batch, steps, n) for s, n in zip(made, plan.core.stream_sizes, strict=True)]
+        del made
     streams = [_ready(s, plan.dtype) for s in streams]
     params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in weights]
     flat = [
@@ -81,7 +86,8 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     states = [_shaped(y, s, batch, steps) for y, s in zip(flat_states, plan.states, strict=True)]
     last = [_shaped(e, s, batch) for e, s in zip(flat_last, plan.states, strict=True)]
     values |= {("param", i): w for i, w in enumerate(weights)}
-    return Run(states, _read(plan, values, value, states, start, batch, steps), last)
+    streams.clear()  # what nothing else reads is gone before the readout makes more
+    return Run(states, _read(plan, values, value, states, start, batch, steps), last, flat_last)
 
 
 def _read(
@@ -96,7 +102,7 @@ def _read(
             values["complex", i] = torch.view_as_complex(values["next", i].contiguous())
         if ("state", i) in plan.readout.inputs:
             values["state", i] = before(s, y).flatten(0, 1)
-    for key in plan.readout.inputs:
+    for key in plan.read:
         if key[0] == "stream" and key not in values:
             values[key] = value(("x", plan.direct[key[1]]))
     outputs = plan.readout.run(*map(value, plan.readout.inputs))
@@ -106,28 +112,31 @@ def _read(
 
 def staged(
     engine: Engine, x: list[Tensor], start: list[Tensor], value: Callable[[Any], Any]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """States [batch, time, ...] and last states [batch, ...], stage by stage."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """States [batch, time, ...], last states [batch, ...] and the same as the core has them, stage by stage."""
     batch, steps = x[0].shape[:2]
-    engine.own = None
+    engine.own = engine.told = None
     states: dict[int, Tensor] = {}
     last: dict[int, Tensor] = {}
+    whole: dict[int, Tensor] = {}
     for stage, inner in zip(engine.plan.stages, engine.stages, strict=True):
         given = list(x)
         for j in stage.earlier:
             given += [before(start[j], states[j]) if len(given) in stage.uses else states[j], states[j]]
         if inner is not None:
             done = run(inner, given, [start[i] for i in stage.leaves])
-            found, ends = done.states, done.last
+            found, last_found, ends = done.states, done.last, done.end
         else:
             flat = {("x", i): given[i].flatten(0, 1) for i in stage.uses}
             made = stage.piece.run(*(flat[key] if key in flat else value(key) for key in stage.piece.inputs))
             shapes = [(engine.plan.states[i].shape, engine.plan.states[i].dtype) for i in stage.leaves]
             found = [m.to(d).expand(batch * steps, *s).reshape(batch, steps, *s) for m, (s, d) in zip(made, shapes, strict=True)]
-            ends = [m[:, -1] for m in found]
+            ends = last_found = [m[:, -1] for m in found]
         states |= dict(zip(stage.leaves, found, strict=True))
-        last |= dict(zip(stage.leaves, ends, strict=True))
-    return [states[i] for i in range(len(start))], [last[i] for i in range(len(start))]
+        last |= dict(zip(stage.leaves, last_found, strict=True))
+        whole |= dict(zip(stage.leaves, ends, strict=True))
+    every = range(len(start))
+    return [states[i] for i in every], [last[i] for i in every], [whole[i] for i in every]
 
 
 def before(start: Tensor, states: Tensor) -> Tensor:
