@@ -45,6 +45,7 @@ X = torch.linspace(-1, 1, 16 * 200 * 4).reshape(16, 200, 4)
 @contextlib.contextmanager
 def interrupted(after: float) -> Iterator[None]:
     """Ctrl-C after so many seconds, which must end what is inside."""
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
     timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
@@ -53,6 +54,7 @@ def interrupted(after: float) -> Iterator[None]:
             time.sleep(10)
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, was)
 
 
 def living(groups: Iterable[int]) -> list[str]:

@@ -40,7 +40,8 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n_state, n_stream = ctx.counts
-        stored, saved = ctx.saved_tensors[: ctx.stored], ctx.saved_tensors[ctx.stored :]
+        kept = ctx.saved_tensors  # asked for once: a checkpoint gives them out once
+        stored, saved = kept[: ctx.stored], kept[ctx.stored :]
         tensors, room = saved[:-n_state], saved[-n_state:]
         if torch.compiler.is_compiling():  # compiled autograd
             from seqparc.runtime import traced

@@ -27,7 +27,7 @@ NEAR = 64
 FAST = 4
 #: A pass that makes the gap this many times smaller is one of a run that converges.
 SURE = 3
-#: Until there is one, passes may cost this part of what the sequential kernel does, and another update is tried if two of its passes may.
+#: Until there is one, passes after the second may cost this part of what the sequential kernel does, and another update is tried if two of its passes may.
 TRIAL, TRIED = 0.25, 2
 
 
@@ -260,9 +260,10 @@ def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, left: int, cost
         remaining = math.inf if len(gaps) >= 3 else 2
     if math.isinf(remaining):
         return stays
+    remaining = min(remaining, left / cut.spans.longest)  # each pass settles one more chunk, whatever else it does
     if remaining * cost > left:
         return f"{remaining:.0f} more passes expected, of about {cost:.0f} steps each, where {left} steps remain"
-    if not ratio * SURE < 1 and outcome.cost + cost > TRIAL * p.steps:
+    if len(gaps) >= 2 and not ratio * SURE < 1 and outcome.cost + cost > TRIAL * p.steps:
         return f"the gap hardly falls ({gaps[-1]:.3g} after {len(outcome.gaps)} passes), and another pass would cost {cost:.0f} steps"
     return None
 
