@@ -140,7 +140,7 @@ def check_pattern(recipe: Recipe) -> None:
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True, "derandomize": True, "database": None}
 
 
-@settings(max_examples=300, **QUIET)
+@settings(max_examples=200, **QUIET)
 @given(recipes(), st.sampled_from(["sequential", "shooting", "newton"]))
 def test_values_and_gradients(recipe: Recipe, strategy: str) -> None:
     check(recipe, "torch", strategy)
@@ -153,7 +153,7 @@ def test_values_and_gradients_in_c(recipe: Recipe, strategy: str) -> None:
     check(recipe, "c", strategy)
 
 
-@settings(max_examples=300, **QUIET)
+@settings(max_examples=200, **QUIET)
 @given(recipes(10))
 def test_the_pattern_holds_every_nonzero(recipe: Recipe) -> None:
     check_pattern(recipe)

@@ -154,7 +154,7 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_bl
 
 
 @pytest.mark.usefixtures("quick")
-@settings(max_examples=80, derandomize=True, database=None, **QUIET)
+@settings(max_examples=50, derandomize=True, database=None, **QUIET)
 @given(recipes(500))
 def test_a_run_is_a_run_of_the_cell(recipe: Recipe) -> None:
     with warnings.catch_warnings():

@@ -148,7 +148,7 @@ BIG = {
 }
 TOO_LARGE = ("RNN 260", "rotated")
 GROUPS = [
-    ("GRU",),
+    pytest.param(("GRU",), marks=pytest.mark.nightly),
     pytest.param(("LSTM", "layer norm GRU", "two levels", "LEM", "block GRU"), marks=pytest.mark.nightly),
     tuple(BIG),
 ]
