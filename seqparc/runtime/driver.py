@@ -27,7 +27,8 @@ NEAR = 64
 FAST = 4
 #: A pass that makes the gap this many times smaller is one of a run that converges.
 SURE = 3
-#: Until there is one, passes after the second may cost this part of what the sequential kernel does, and another update is tried if two of its passes may.
+#: Until there is one, passes after the second may cost this part of what the sequential kernel does, and another update is tried if two
+#: of its passes may.
 TRIAL, TRIED = 0.25, 2
 
 
