@@ -272,3 +272,31 @@ def test_a_convolution_too_large_to_write_out_runs_by_itself() -> None:
     with pytest.warns(seqparc.SeqparcWarning, match=told), torch.no_grad():
         y, _ = rnn(x)
     torch.testing.assert_close(y, rnn.sequential(x)[0])
+
+
+class SparselyWired(nn.Module):
+    """Synapses of their own between neurons, most of which are not there: products in runs of one or two elements."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.hidden_size = n
+        self.a, self.w = nn.Parameter(torch.randn(n, n)), nn.Parameter(torch.randn(n, n))
+        self.register_buffer("wired", (torch.rand(n, n, generator=torch.Generator().manual_seed(1)) < 0.4).to(torch.get_default_dtype()))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        synapses = self.w * torch.sigmoid(self.a * h.unsqueeze(2)) * self.wired
+        return torch.tanh(synapses.sum(1) + x)
+
+
+def test_scattered_elements_share_loops() -> None:
+    cell = SparselyWired(12).double()
+    rnn = seqparc.compile(cell, options={"strategy": "shooting", "chunks": 3, "warmup": 4})
+    x, found = torch.randn(2, 40, 12, dtype=torch.float64), []
+    for run in (rnn, rnn.sequential):
+        u = x.clone().requires_grad_()
+        y, _ = run(u)
+        found.append([y.detach(), *torch.autograd.grad((y * y.detach().cumsum(1)).sum(), [u, *cell.parameters()])])
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-10 * float(right.abs().max()))
+    wired = int(cell.wired.sum())
+    assert rnn.stats.backend == "c" and 0 < rnn.source("c").count("= sp_sigmoid(") < wired / 10
