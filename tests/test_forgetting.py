@@ -100,7 +100,7 @@ def test_a_cell_that_never_was_parallel_does_not_warn() -> None:
         warnings.simplefilter("error")
         for _ in range(6):
             rnn(torch.randn(1, 20_000, 1))
-    assert rnn.stats.strategy == "sequential" and rnn.stats.history.fallbacks > 0
+    assert rnn.stats.strategy == "sequential" and rnn.stats.history.fallbacks == 2  # with two warm-ups
 
 
 def test_a_backward_run_that_becomes_sequential_says_so_too() -> None:
