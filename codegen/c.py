@@ -389,7 +389,7 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
     following = [(f"n{i}", v.size) for i, v in enumerate(p.program.next)]
     states = [(f"s{i}", v.size) for i, v in enumerate(p.program.state)]
     sums = [(f"c{i}", s.value.size) for i, s in enumerate(p.program.sums)]
-    stack = sum(n for _, n in (*arrays, *following, *states, *sums)) * width * 64
+    stack = sum(n for _, n in (*arrays, *following, *states, *sums, *sums, *sums)) * width * 64
     if stack > STACK_LIMIT:
         raise TooIrregularError(f"a tile needs {stack} bytes of stack")
     text = skeleton.render(p, body, arrays, following, states, sums, parts)

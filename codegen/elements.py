@@ -155,7 +155,7 @@ class _Printer:
                 f"{new} = tl.where(live, {name}, tl.load(state + {at}))  # a row whose chunk is over stays as it is",
                 store(f"following + {at}", new, "mine"),
                 "if SIZES:",
-                f"    size = tl.maximum(tl.abs({new}), tl.load(lately + {at}) * 0.5)",
+                f"    size = tl.maximum(tl.abs({new}), tl.load(lately + {at}) * tl.full((), fade, DT))",
                 "    " + store(f"lately + {at}", "size", "live"),
             ]
         elif t.role == "emit":
@@ -193,13 +193,14 @@ WARPS = TILE // 64
 
 def parameter_kinds(program: Program, buffers: int, tables: int, real: str) -> dict[str, str]:
     """Triton's types of everything a part may be given, in the order it is given in."""
-    kinds = {"t0": "*i64", "count": "*i64", "k": "i64", "batch": "i32", "rows": "i32", "row": "i64"}
+    kinds = {"t0": "*i64", "count": "*i64", "k": "i64", "batch": "i32", "rows": "i32", "row": "i64", "fade": "fp64"}
     kinds |= dict.fromkeys(("state", "following", "lately"), f"*{real}")
     for letter, count in (("x", len(program.stream_sizes)), ("y", len(program.emit_sizes))):
         for s in range(count):
             kinds |= {f"{letter}{s}": f"*{real}", f"{letter}{s}_b": "i64", f"{letter}{s}_t": "i64"}
-    for letter, count in (("p", len(program.param_sizes)), ("a", buffers), ("z", len(program.sum_sizes))):
+    for letter, count in (("p", len(program.param_sizes)), ("a", buffers)):
         kinds |= {f"{letter}{s}": f"*{real}" for s in range(count)}
+    kinds |= {f"z{s}": "*fp64" for s in range(len(program.sum_sizes))}
     return kinds | {f"T{i}": "*i32" for i in range(tables)}
 
 

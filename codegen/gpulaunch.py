@@ -17,7 +17,7 @@ from seqparc.codegen.sweep import TritonSource, emit
 from seqparc.codegen.tiles import Weight, padded
 from seqparc.ir import Program
 from seqparc.plan import Setting
-from seqparc.spans import Spans
+from seqparc.spans import LATELY, Spans
 
 #: Lanes per program of a scalar kernel.
 LANES = 128
@@ -92,17 +92,18 @@ class TritonKernel:
         backwards: bool = False,
         reached: Tensor | None = None,
         sizes: Tensor | None = None,
+        fade: float = LATELY,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, (batch, row) = len(spans), start.shape[-2:]
         end = start.new_empty((chunks, batch, row))
-        self._launch(spans, start, streams, params, emits, sums, backwards, end, reached, sizes)
+        self._launch(spans, start, streams, params, emits, sums, backwards, end, reached, sizes, fade=fade)
         return end
 
     def _launch(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None], backwards: bool, end: Tensor, reached: Tensor | None, sizes: Tensor | None,
-        marks: Tensor | None = None, at: int = 0, finish: bool = False,
+        marks: Tensor | None = None, at: int = 0, finish: bool = False, fade: float = LATELY,
     ) -> None:  # fmt: skip
         """All chunks; or those of samples that `marks` from `at` on say moved; or, to finish, what is left of each sample at one go."""
         setting = self.setting  # which another thread may change meanwhile
@@ -114,7 +115,7 @@ class TritonKernel:
         led = reached is not None and spans.lead is not None
         args: list[Any] = [
             bounds[0], bounds[1], bounds[2] if led else None, start, apart, reached if led else None, end, sizes,
-            1 if finish else chunks, batch, row, marks, at, chunks, spans.steps,
+            1 if finish else chunks, batch, row, marks, at, chunks, spans.steps, fade,
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[Tensor, int, int]:
@@ -134,7 +135,7 @@ class TritonKernel:
 
     def alone(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
-        sums: Sequence[Tensor | None], backwards: bool, passes: int, atol: float, rtol: float,
+        sums: Sequence[Tensor | None], backwards: bool, passes: int, atol: float, rtol: float, fade: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Passes and the end of them with nobody watching: the card itself marks what has to run again, and finishes what does not settle.
 
@@ -151,11 +152,11 @@ class TritonKernel:
         marks = torch.zeros((passes, chunks + 1, batch), dtype=torch.int32, device=start.device)
         each = (chunks + 1) * batch
         given = (streams, params, emits, sums, backwards, end)
-        self._launch(spans, start if spans.lead is not None else begun, *given, begun if spans.lead is not None else None, sizes)
+        self._launch(spans, start if spans.lead is not None else begun, *given, begun if spans.lead is not None else None, sizes, fade=fade)
         for k in range(passes):
             measure(begun, end, sizes, atol, rtol, worst, marks, k * each)
             if k + 1 < passes:
-                self._launch(spans, begun, *given, None, sizes, marks, k * each)
+                self._launch(spans, begun, *given, None, sizes, marks, k * each, fade=fade)
         self._launch(spans, begun, *given, None, None, marks, (passes - 1) * each, finish=True)
         return end.select(0, -1), worst, marks
 

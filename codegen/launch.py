@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,10 @@ from seqparc.codegen.build import load
 from seqparc.codegen.c import CSource, emit
 from seqparc.ir import Program
 from seqparc.scan import doubling
-from seqparc.spans import Spans
+from seqparc.spans import LATELY, Spans
+
+#: A number as the kernel is given it, among addresses and sizes.
+_NUMBER, _BITS = struct.Struct("d"), struct.Struct("q")
 
 
 class CKernel:
@@ -73,6 +77,7 @@ class CKernel:
         backwards: bool = False,
         reached: Tensor | None = None,
         sizes: Tensor | None = None,
+        fade: float = LATELY,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, (batch, row) = len(spans), start.shape[-2:]
@@ -82,7 +87,7 @@ class CKernel:
         end = start.new_empty((chunks, batch, row))
         args: list[int] = [
             chunks, batch, openmp.threads(), *spans.addresses, start.data_ptr(), 0 if reached is None else reached.data_ptr(),
-            end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row, apart,
+            end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row, apart, *_BITS.unpack(_NUMBER.pack(fade)),
         ]  # fmt: skip
 
         def time(x: Tensor) -> tuple[int, int, int]:

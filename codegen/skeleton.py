@@ -47,8 +47,8 @@ static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }}
 
-// How large a number has been lately: a step ago counts half.
-INLINE vf lately(vf m, vf s) {{ const vf a = sp_abs(s), b = m * sp_set1((real)0.5); return sp_select((vi)(a > b), a, b); }}
+// How large a number has been lately: a step ago counts `fade` times.
+INLINE vf lately(vf m, vf s, vf fade) {{ const vf a = sp_abs(s), b = m * fade; return sp_select((vi)(a > b), a, b); }}
 
 // n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
 INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {{
@@ -128,6 +128,18 @@ double seqparc_gap(const real* start, const real* end, const real* sizes, int64_
 """
 
 
+_SUMS = """\
+// Sums are kept in double, and added to some steps at a time: step by step a long one would lose what is small beside it.
+#define BRIEFLY 64
+INLINE void put_by(vf (*sum)[U_MOST], double (*total)[U_MOST * W], const int64_t n, const int U) {
+  for (int64_t i = 0; i < n; i++) EACH {
+    for (int l = 0; l < W; l++) total[i][u * W + l] += sum[i][u][l];
+    sum[i][u] = sp_set1(0);
+  }
+}
+"""
+
+
 def render(p: _Printer, body: list[str], arrays: Named, following: Named, states: Named, sums: Named, parts: tuple[int, ...]) -> str:
     """The kernel's text. `@SIMD@` stands where the vector header goes."""
     program = p.program
@@ -135,7 +147,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     params = sorted({v.slot for v in ir.leaves(program.outputs, "param")})
     emits = sorted({s.slot for s in program.emits})
     sum_slots = sorted({s.slot for s in program.sums})
-    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "sizes", "row", "start_c"]
+    fields = ["chunks", "batch", "threads", "t0", "len", "lead", "start", "reached", "end", "sizes", "row", "start_c", "fade"]
     unpack: list[str] = []
 
     def argument(name: str, ctype: str = "int64_t") -> None:
@@ -164,10 +176,10 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
                 fields.append(part)
     for s in range(len(program.sum_sizes)):
         if s in sum_slots:
-            argument(f"z{s}", "real* const")
+            argument(f"z{s}", "double* const")
         else:
             fields.append(f"z{s}")
-    unpack = [line.replace("const real* const ", "real* const ") for line in unpack]
+    unpack = [line.replace("const real* const ", "real* const ").replace("const double* const ", "double* const ") for line in unpack]
 
     offsets = np.concatenate([[0], np.cumsum(program.state_sizes)])
     rows = []  # where each state value lies in a row of start and end: what to add, and the lanes' offsets
@@ -181,10 +193,13 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     groups = sorted(p.groups.items(), key=lambda kv: kv[1])
     name, double, scalar = ir.plain(program.name), int(p.double), int(p.scalar)
     out = [_HEAD.format(name=name, lanes=program.lanes, n=program.n, double=double, scalar=scalar, width=parts[0])]
+    if sums:
+        out.append(_SUMS)
     main = ["const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];"]
     main += ["const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];"]
     main += ["real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];"]
     main += ["const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];", *unpack]
+    main += ["double faded; __builtin_memcpy(&faded, args + 12, 8); const vf fade = sp_set1((real)faded);"]
     main += _lanes(p)
     # Offsets of each lane into each tensor; those that depend on time are made anew for the steps before the chunk and for the chunk.
     begins: list[str] = []
@@ -215,6 +230,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         main.append(f"vf {name}[{size}][U_MOST]; {_for(size)}EACH {gather}")
     for name, size in sums:
         main.append(f"vf {name}[{size}][U_MOST]; for (int64_t i = 0; i < {size}; i++) EACH {name}[i][u] = sp_set1(0);")
+        main.append(f"double t_{name}[{size}][U_MOST * W]; __builtin_memset(t_{name}, 0, sizeof t_{name});")
     for name, size in states:
         main.append(f"vf m_{name}[{size}][U_MOST]; {_for(size)}EACH m_{name}[{_i(size)}][u] = sp_abs({name}[{_i(size)}][u]);")
     main += [f"vf {name}[{size}][U_MOST];" for name, size in (*arrays, *following)]
@@ -224,6 +240,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
     window_of = {
         name: f"{name}, {name}_t, o{p.groups[name[0], int(name[1:]), 0]}, {n}, k, shortest, longest" for name, n in p.windows.items()
     }  # fmt: skip
+    fold = [f"put_by({name}, t_{name}, {size}, U);" for name, size in sums]
     step = [
         "const int full = k < shortest;",
         "vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];",
@@ -238,14 +255,18 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
             for (s, size), (n, _) in zip(states, following, strict=True)
         ),
         *(
-            f"if (sizes) {_for(size)}EACH {{ const vf m = lately(m_{s}[{_i(size)}][u], {s}[{_i(size)}][u]); "
+            f"if (sizes) {_for(size)}EACH {{ const vf m = lately(m_{s}[{_i(size)}][u], {s}[{_i(size)}][u], fade); "
             f"m_{s}[{_i(size)}][u] = full ? m : sp_where(live[u], m, m_{s}[{_i(size)}][u]); }}"
             for s, size in states
         ),
     ]
     main += ["// Twice over the same loop: the steps that lead up to the chunk, whose outputs nobody wants, then the chunk."]
     main += ["for (int out = leads == 0; out < 2; out++) {", *("  " + line for line in (*_PHASE, *begins))]
-    main += ["  for (int64_t k = 0; k < longest; k++) {", *("    " + line for line in step), "  }"]
+    loop = ["for (int64_t k = 0; k < longest; k++) {", *("  " + line for line in step), "}"]
+    if sums:
+        loop[0] = "for (int64_t k = brief, until = brief + BRIEFLY < longest ? brief + BRIEFLY : longest; k < until; k++) {"
+        loop = ["for (int64_t brief = 0; brief < longest; brief += BRIEFLY) {", *("  " + line for line in (*loop, *fold)), "}"]
+    main += ["  " + line for line in loop]
     main += ["  real* const to = out ? end : reached;"]
     for (name, size), (at, lane) in zip(states, rows, strict=True):
         main.append(f"  {_for(size)}EACH sp_scatter(to + {at}, {lane} + u * W, {name}[{_i(size)}][u]);")
@@ -257,7 +278,7 @@ def render(p: _Printer, body: list[str], arrays: Named, following: Named, states
         total = program.sum_sizes[store.slot]
         main.append(
             f"if (z{store.slot}) for (int64_t i = 0; i < {size}; i++) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) "
-            f"z{store.slot}[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * {total} + {at}] = {name}[i][u][l];"
+            f"z{store.slot}[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * {total} + {at}] = t_{name}[i][u * W + l];"
         )
     main.append("#undef G")
     out += p.declared  # now that every address is made

@@ -25,7 +25,7 @@ from seqparc.codegen.parts import Product, split
 from seqparc.codegen.schedule import TooIrregularError
 from seqparc.ir import Program, Value
 from seqparc.locks import Lock
-from seqparc.spans import Spans
+from seqparc.spans import LATELY, Spans
 
 _precision = Lock()
 
@@ -162,6 +162,7 @@ class StepKernel:
         backwards: bool = False,
         reached: Tensor | None = None,
         sizes: Tensor | None = None,
+        fade: float = LATELY,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         chunks, (batch, row) = len(spans), start.shape[-2:]
@@ -173,23 +174,24 @@ class StepKernel:
         outputs = (streams, params, emits, sums, backwards)
         with full_precision(self.precision):
             if reached is not None and spans.lead is not None:
-                states = self._walk(t0 - lead, lead, int(spans.lead.max()), states, *outputs, batch, None, out=False)
+                states = self._walk(t0 - lead, lead, int(spans.lead.max()), states, *outputs, batch, None, fade, out=False)
                 reached.view(-1, row).copy_(states[0])
             lately = None
             if sizes is not None:
                 lately = sizes.view(-1, row)
                 torch.abs(states[0], out=lately)
-            states = self._walk(t0, count, spans.longest, states, *outputs, batch, lately, out=True)
+            states = self._walk(t0, count, spans.longest, states, *outputs, batch, lately, fade, out=True)
         return states[0].view(chunks, batch, row)
 
     def _walk(
         self, t0: Tensor, count: Tensor, steps: int, states: list[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor],
-        emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool, batch: int, lately: Tensor | None, out: bool,
+        emits: Sequence[Tensor | None], sums: Sequence[Tensor | None], backwards: bool, batch: int, lately: Tensor | None,
+        fade: float, out: bool,
     ) -> list[Tensor]:  # fmt: skip
         """So many steps from states[0] on; the last states are the first of the two that come back."""
         rows, row = states[0].shape
         buffers = [states[0].new_empty(self.program.lanes, rows, width) for width in self.widths]
-        given: dict[str, Any] = {"t0": t0, "count": count, "k": 0, "batch": batch, "rows": rows, "row": row, "lately": lately}
+        given: dict[str, Any] = {"t0": t0, "count": count, "k": 0, "batch": batch, "rows": rows, "row": row, "lately": lately, "fade": fade}
         for letter, tensors in (("x", streams), ("y", emits)):
             for s, x in enumerate(tensors):
                 if x is None:

@@ -172,8 +172,7 @@ class _Frame:
     def carried(self) -> list[str]:
         """What goes from turn to turn: the state, its sizes, and the sums."""
         tiles = [f"{n}_{lo}" for n, lo, _ in self.step.state_tiles()]
-        sums = [f"c{w.number}_{w.lo}" for w in self.step.results if w.role == "sum"]
-        return [*(f"s{t}" for t in tiles), *(f"m{t}" for t in tiles), *sums]
+        return [*(f"s{t}" for t in tiles), *(f"m{t}" for t in tiles), *(name for name, _ in self.sums())]
 
     def turn(self) -> list[str]:
         """The function of one step in place: what is written, and what stays as it was where a chunk is over."""
@@ -191,19 +190,26 @@ class _Frame:
         for w in self.step.results:
             wide = self.spread(result[w.name], w.hi - w.lo)
             if w.role == "sum":
-                body += ["if OUT:", f"    c{w.number}_{w.lo} += tl.where({self.rows('live')}, {wide}, 0.0)"]
+                c, lost = f"c{w.number}_{w.lo}", f"l{w.number}_{w.lo}"
+                body += [
+                    "if OUT:",  # step by step a long sum would lose what is small beside it, so what is lost is kept for the next step
+                    f"    more = tl.where({self.rows('live')}, {wide}, 0.0) - {lost}",
+                    f"    {lost} = ({c} + more - {c}) - more",
+                    f"    {lost} = tl.where({lost} == {lost}, {lost}, 0.0)  # of infinity",
+                    f"    {c} += more",
+                ]
             elif w.role == "next":
                 name = f"s{w.number}_{w.lo}"
                 body += [f"{name} = tl.where({self.rows('live')}, {wide}, {name})"]
         body += ["if SIZES:"]
         for n, lo, _ in self.step.state_tiles():
-            lately = f"tl.maximum(tl.abs(s{n}_{lo}), m{n}_{lo} * 0.5)"
+            lately = f"tl.maximum(tl.abs(s{n}_{lo}), m{n}_{lo} * fade)"
             body += [f"    m{n}_{lo} = tl.where({self.rows('live')}, {lately}, m{n}_{lo})"]
         body += [f"return {', '.join(self.carried())}"]
         tables = sorted(set(re.findall(r"\bT\d+\b", "\n".join(body))))
         given = [*self.carried(), *self.step.reads, *self.step.weights]
         outputs = [f"y{s}{part}" for s in self.outputs for part in ("", "_o", "_s")]
-        self.turned = ["k", "length", "g", *given, *outputs, *tables]
+        self.turned = ["k", "length", "fade", "g", *given, *outputs, *tables]
         constants = ["OUT: tl.constexpr", "SIZES: tl.constexpr", "BLOCK: tl.constexpr"]
         return ["def turn(", *wrapped([*self.turned, *constants]), "):", *("    " + line for line in body)]
 
@@ -223,6 +229,11 @@ class _Frame:
             body += [f"{', '.join(self.carried())} = turn(", *wrapped([at, *self.turned[1:], str(out), "SIZES", "BLOCK"]), ")"]
         about = "  # each step's inputs are read that many steps ahead, so that memory is not waited for"
         return [*lines, f"for k in range(0, tl.max(length, 0), {self.ahead}):{about}", *("    " + line for line in body)]
+
+    def sums(self) -> list[tuple[str, str]]:
+        """The sums, each with what was lost of it so far, and their shapes."""
+        sums = [(f"{w.number}_{w.lo}", self.shape(w.hi - w.lo)) for w in self.step.results if w.role == "sum"]
+        return [(letter + name, shape) for name, shape in sums for letter in "cl"]
 
     def arguments(self) -> list[str]:
         states = [f"s{n}_{lo}" for n, lo, _ in self.step.state_tiles()]
@@ -251,7 +262,7 @@ class _Frame:
     def main(self) -> list[str]:
         p, made = self.program, self.step
         lines = (_SCALAR_LANES if self.scalar else _LANES).splitlines() + _PLACE.splitlines()
-        lines += ["start_p = start + c * start_c + b * row  # the start state may be one for all chunks"]
+        lines += ["fade = tl.full((), fade, DT)", "start_p = start + c * start_c + b * row  # the start state may be one for all chunks"]
         for n, lo, hi in made.state_tiles():
             lines.append(f"s{n}_{lo} = {self.load(self.state_at('start_p', n, lo, hi), hi - lo)}")
             lines.append(f"m{n}_{lo} = tl.abs(s{n}_{lo})")
@@ -260,7 +271,7 @@ class _Frame:
             lines.append(f"{name} = tl.load(p{r.slot} + {self.within(r.index.array)}" + (f", mask={mask}, other=0.0)" if mask else ")"))
         lines += [self.weight_load(name, w) for name, w in made.weights.items()]
         sums = [w for w in made.results if w.role == "sum"]
-        lines += [f"c{w.number}_{w.lo} = tl.zeros({self.shape(w.hi - w.lo)}, DT)" for w in sums]
+        lines += [f"{name} = tl.zeros({shape}, DT)" for name, shape in self.sums()]
         lines += ["if LEAD:", "    chunk, begun = length, begin", "    length = tl.load(lead + c)", "    begin -= length"]
         lines += ["    " + line for line in self.phase(out=False)]
         lines += ["    length, begin = chunk, begun", *("    " + line for line in self.final("reached"))]
@@ -268,18 +279,16 @@ class _Frame:
         lines += self.final("end")
         lines += ["if SIZES:", *("    " + line for line in self.final("sizes", "m"))]
         for w in sums:
-            s = p.sums[w.number]
-            total = p.sum_sizes[s.slot]
+            s, name = p.sums[w.number], f"{w.number}_{w.lo}"
             at, mask = self.plus(f"z{s.slot}_p", s.index.array[:, w.lo : w.hi]), self.mask(w.hi - w.lo, "mine")
-            later = self.mask(w.hi - w.lo, "later")
             lines += [
-                f"if z{s.slot} is not None:", f"    z{s.slot}_p = z{s.slot} + from_cb * {total}",
-                f"    tl.store({at}, c{w.number}_{w.lo}, mask={mask})",
+                f"if z{s.slot} is not None:", f"    z{s.slot}_p = z{s.slot} + from_cb * {p.sum_sizes[s.slot]}",
+                f"    tl.store({at}, c{name}, mask={mask})",
                 "    if FINISH:  # what chunks after the first unsettled one added up is in that now",
                 "        for i in range(1, all_chunks):",
                 "            later = mine & (c + i < all_chunks)",
-                f"            z{s.slot}_p += batch * {total}",
-                f"            tl.store({at}, tl.zeros({self.shape(w.hi - w.lo)}, DT), mask={later})",
+                f"            z{s.slot}_p += batch * {p.sum_sizes[s.slot]}",
+                f"            tl.store({at}, tl.zeros({self.shape(w.hi - w.lo)}, tl.float64), mask={self.mask(w.hi - w.lo, 'later')})",
             ]  # fmt: skip
         return lines
 
@@ -294,7 +303,7 @@ class _Frame:
     def parameters(self) -> list[str]:
         p = self.program
         given = ["t0", "count", "lead", "start", "start_c", "reached", "end", "sizes", "chunks", "batch", "row"]
-        given += ["marks", "marks_at", "all_chunks", "steps"]
+        given += ["marks", "marks_at", "all_chunks", "steps", "fade"]
         for s in range(len(p.stream_sizes)):
             given += [f"x{s}", f"x{s}_b", f"x{s}_t"]
         given += [f"p{s}" for s in range(len(p.param_sizes))]
@@ -308,15 +317,15 @@ class _Frame:
     def signature(self, real: str) -> dict[str, str]:
         """Triton's types of the parameters."""
         kinds = {"t0": "*i64", "count": "*i64", "lead": "*i64", "chunks": "i32", "batch": "i32", "marks": "*i32"}
-        kinds |= {"all_chunks": "i32"}
+        kinds |= {"all_chunks": "i32", "fade": "fp64"}
 
         def kind(name: str) -> str:
             if name in kinds:
                 return kinds[name]
             if name.endswith(": tl.constexpr"):
                 return "constexpr"
-            if name.startswith("T"):
-                return "*i32"
+            if name[0] in "Tz":
+                return "*i32" if name[0] == "T" else "*fp64"
             return "i64" if name in ("row", "start_c", "marks_at", "steps") or name.endswith(("_b", "_t")) else f"*{real}"
 
         return {name.removesuffix(": tl.constexpr"): kind(name) for name in self.parameters()}
@@ -338,7 +347,7 @@ def emit(program: Program, double: bool, precision: str = "ieee") -> TritonSourc
     text += [f"    return {', '.join(made.returned())}", "", "", "@triton.jit", *turn, "", ""]
     # One kernel for all sizes, strides and addresses: their types are given, and their values are not compiled in.
     signature = frame.signature("fp64" if double else "fp32")
-    numbers = [name for name, kind in signature.items() if kind in ("i32", "i64")]
+    numbers = [name for name, kind in signature.items() if kind in ("i32", "i64", "fp64")]
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
     text += ["@triton.jit(", f"    do_not_specialize={numbers},", f"    do_not_specialize_on_alignment={pointers},", ")"]
     typed = [f"{n}: '{signature[n]}'" if n in numbers else n for n in frame.parameters()]

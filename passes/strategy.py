@@ -22,11 +22,12 @@ def corrections(n: int, scalar: bool) -> tuple[str, ...]:
 @functools.lru_cache(512)
 def choose(
     options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None, passes: float = 1,
-    per_warmup: int = 4,
+    per_warmup: int = 4, slower: str | None = None,
 ) -> Choice:
     """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device.
 
-    `warmup` and `passes` are what earlier runs have shown to be needed; a chunk is at least `per_warmup` warm-ups long.
+    `warmup` and `passes` are what earlier runs have shown to be needed, `slower` why they were not worth it; a chunk is at least
+    `per_warmup` warm-ups long.
     """
     strategy, reasons = options.strategy, []
     if strategy == "auto":
@@ -53,8 +54,8 @@ def choose(
             reasons.append(f"{chunks} chunks: each is to be {per_warmup} warm-ups of {guess} steps at least")
     if chunks == 1:
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
-    if options.strategy == "auto" and passes * (steps // chunks) + guess >= steps:
-        why = "earlier runs did not converge" if passes == math.inf else f"earlier runs took {passes} passes of {chunks} chunks"
+    if options.strategy == "auto" and (slower or passes * (steps // chunks) + guess >= steps):
+        why = slower or ("earlier runs did not converge" if passes == math.inf else f"earlier runs took {passes} passes of {chunks} chunks")
         return Choice("sequential", 1, 0, ("none",), (*reasons, why), given_up=True)
     if affine and offered[0] == "exact" and update == "auto" and guess * per_warmup > steps // chunks:
         update = "exact"

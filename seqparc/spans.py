@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+#: What a step ago counts where it is asked how large the state was lately, if it is not known how fast the cell forgets.
+LATELY = 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class Spans:

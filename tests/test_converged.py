@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import seqparc
-from seqparc.runtime import engine as engines
+from seqparc.runtime import experience
 from seqparc.runtime.driver import Outcome
-from seqparc.runtime.engine import Experience
+from seqparc.runtime.experience import Experience
 
 
 @pytest.mark.parametrize("backend", ["c", "torch"])
-@pytest.mark.parametrize("rate", [0.9, 0.97, 0.99, 0.999])
+@pytest.mark.parametrize("rate", [0.9, 0.97, 0.98, 0.99, 0.999])
 def test_a_state_that_falls_from_a_great_height(rate: float, backend: str) -> None:
     """The start state is 1e8, everything later about 1: what is small against the start is not small."""
 
@@ -90,7 +91,7 @@ def test_what_rounding_leaves_is_learnt() -> None:
 
 
 def test_a_cell_that_does_not_forget_is_soon_run_sequentially(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "RETRY", 3)
+    monkeypatch.setattr(experience, "RETRY", 3)
     torch.manual_seed(3)
     cell = nn.RNNCell(4, 24)
     with torch.no_grad():
@@ -105,6 +106,104 @@ def test_a_cell_that_does_not_forget_is_soon_run_sequentially(monkeypatch: pytes
     assert seen[0] == "shooting" and "sequential" in seen[:6]
     first = seen.index("sequential")
     assert seen[first : first + 4] == ["sequential"] * 3 + ["shooting"], "tried again now and then"
+
+
+def gru(bias: float) -> nn.Module:
+    torch.manual_seed(0)
+    cell = nn.GRUCell(8, 16)
+    with torch.no_grad():
+        cell.bias_ih[16:32] += bias
+    return cell
+
+
+def tanh_network(gain: float) -> nn.Module:
+    torch.manual_seed(0)
+    cell = nn.RNNCell(8, 64, bias=False)
+    with torch.no_grad():
+        cell.weight_hh.copy_(gain * torch.randn(64, 64) / 8)
+        cell.weight_ih.mul_(0.3)
+    return cell
+
+
+@pytest.mark.parametrize(("cell", "passes"), [(gru(3), 5), (gru(5), 8), (tanh_network(0.9), 5), (tanh_network(1.0), 7)])
+def test_numbers_that_cross_zero_slowly_or_cancel_converge(cell: nn.Module, passes: int) -> None:
+    """What is left of the gap there is the rounding of what they were, and no pass makes it smaller."""
+    x = torch.randn(1, 8192, 8, generator=torch.Generator().manual_seed(1))
+    rnn = seqparc.compile(cell, options={"strategy": "shooting", "chunks": 16, "update": "none"})
+    with torch.no_grad():
+        y, _ = rnn(x)
+        loop = seqparc.compile(cell, options={"strategy": "sequential"})(x)[0]
+        right = seqparc.compile(copy.deepcopy(cell).double(), options={"strategy": "sequential"})(x.double())[0]
+    assert rnn.stats.converged and rnn.stats.passes <= passes, rnn.stats
+    assert float((y - right).abs().max()) < 2 * float((loop - right).abs().max()), "as near to float64 as the loop"
+
+
+def test_a_state_that_is_still_being_forgotten_is_not_taken_for_rounding() -> None:
+    """The gap falls by 0.6 per pass throughout, and is not done because it is small."""
+
+    def step(x: Tensor, h: Tensor) -> Tensor:
+        return rate * h + (1 - rate) * x
+
+    length = 64
+    rate = 0.6 ** (1 / length)
+    x, state = torch.randn(1, 128 * length, 3), torch.zeros(3)
+    rnn = seqparc.compile(step, state=state, options={"strategy": "shooting", "chunks": 128, "update": "none", "warmup": 1})
+    y, _ = rnn(x)
+    right = seqparc.compile(step, state=state, options={"strategy": "sequential"})(x)[0]
+    assert rnn.stats.converged and float((y - right).abs().max()) < 1.5 * torch.finfo(torch.float32).eps  # of numbers of about 0.2
+
+
+def took(seconds: float, alone: bool = False) -> tuple[float, Outcome, int]:
+    return seconds, Outcome(torch.zeros(1), [], cost=0.0 if alone else 500.0), 1000
+
+
+def test_the_faster_way_is_found_by_timing_both() -> None:
+    known = Experience()
+    for _ in range(3):
+        assert known.slower is None
+        known.timed(*took(5e-3))
+    for _ in range(3):
+        assert known.slower is not None and known.slower.startswith("timed")
+        known.timed(*took(1e-3, alone=True))
+    assert known.slower == "it took 1 ms where passes took 5"
+    assert not any(known.ran_alone() for _ in range(experience.RETRY)), "its warm-up is known for good"
+    assert known.slower is None, "tried again now and then"
+    known.timed(*took(5e-3))
+    assert known.slower == "it took 1 ms where passes took 5", "one run is enough where it is much slower"
+    known.passing.clear()
+    for _ in range(3):
+        known.timed(*took(0.9e-3))
+    assert known.slower is None
+
+
+def test_a_sequential_run_that_takes_long_is_not_repeated() -> None:
+    known = Experience()
+    for _ in range(3):
+        known.timed(*took(5e-3))
+    known.timed(*took(2e-2, alone=True))
+    assert known.slower is None
+
+
+def test_passes_that_cost_little_are_not_compared() -> None:
+    known = Experience()
+    for _ in range(5):
+        known.timed(0.5, Outcome(torch.zeros(1), [], cost=100.0), 1000)
+    assert known.slower is None and not known.passing
+
+
+def test_a_run_that_is_timed_is_exact_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rnn = seqparc.compile(nn.GRUCell(4, 4))
+    x = torch.randn(1, 2048, 4)
+    right = rnn.sequential(x)[0]
+    monkeypatch.setattr(experience, "LIGHT", 1e9)
+    seen = []
+    with torch.no_grad():
+        for _ in range(12):
+            y, _ = rnn(x)
+            torch.testing.assert_close(y, right)
+            seen.append(rnn.stats.strategy == "sequential" and "timed" in rnn.stats.verdict)
+    assert 1 <= sum(seen) <= 3 and not seen[0]
 
 
 def test_nothing_is_learnt_where_runs_must_repeat() -> None:

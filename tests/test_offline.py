@@ -29,9 +29,9 @@ TABLE = Path(__file__).parent / "golden" / "registers.json"
 DIRECTIONS, TARGETS = ("forward", "backward"), ("sm_80", "sm_90")
 #: Cells whose kernels take Triton long: scalar programs of several numbers a lane, over whose many reads and writes it is slow.
 SLOW = ("RNN relu", "sLSTM", "block GRU", "affine", "sparse")
-#: Bytes spilled by (cell, direction, target): nothing may be, and what is, is here to be seen. The one there is lies outside the loop's
-#: usual way: in what ptxas adds for shuffles in a warp whose threads have parted.
-EXPECTED_SPILLS = {("layer norm GRU", "forward", "sm_80"): 8}
+#: Bytes spilled by (cell, direction, target): nothing may be, and what is, is here to be seen. Those there are lie outside the loop's
+#: usual way: in what ptxas adds for shuffles in a warp whose threads have parted, and before the loop.
+EXPECTED_SPILLS = {(cell, way, "sm_80"): 8 for cell, way in (("layer norm GRU", "forward"), ("GRU", "backward"), ("LSTM", "backward"))}
 
 
 @functools.cache

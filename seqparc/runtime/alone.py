@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqparc.runtime.driver import Cut, Outcome, Problem
+from seqparc.runtime.driver import Cut, Outcome, Problem, sums_of
 
 #: Passes that are enqueued unseen; cells that take more are watched.
 MOST_PASSES = 3
@@ -48,11 +48,11 @@ class Unseen(Outcome):
 def solve_alone(p: Problem, cut: Cut, passes: int) -> Unseen:
     """Like `seqparc.runtime.driver.solve`, without waiting for anything."""
     kernel: Any = p.kernel
-    sums = [p.start.new_empty(len(cut.spans), p.start.shape[0], n) for n in p.sum_sizes]
+    sums = sums_of(p, len(cut.spans))
     start = p.start if p.start.is_contiguous() else p.start.contiguous()
     params, streams = kernel.prepare(p.params, p.streams)
     end, worst, marks = kernel.alone(
-        cut.spans, start, streams, params, p.emits, sums, p.backwards, passes, cut.atol, cut.rtol
+        cut.spans, start, streams, params, p.emits, sums, p.backwards, passes, cut.atol, cut.rtol, cut.fade
     )  # fmt: skip
     outcome = Unseen(end, sums, tolerance=cut.rtol or cut.atol, worst=worst, marks=marks)
     if start.is_cuda and not torch.cuda.is_current_stream_capturing():

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from seqparc.errors import ConvergenceError
-from seqparc.spans import Spans
+from seqparc.spans import LATELY, Spans
 
 #: Times the tolerance at which a gap counts as near: Newton's last step took it there, and the next would only stir the rounding.
 NEAR = 64
 #: Times by which Newton's steps make the gap smaller as long as there is more than rounding in it.
 FAST = 4
+#: A gap that falls this many times less than it did is no longer that of a state which is being forgotten.
+LESS = 2
 #: A pass that makes the gap this many times smaller is one of a run that converges.
 SURE = 3
 #: Until there is one, passes after the second may cost this part of what the sequential kernel does, and another update is tried if two
@@ -50,14 +52,14 @@ class Kernel(Protocol):
 
     def sweep(
         self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
-        sums: Sequence[Tensor | None], backwards: bool, reached: Tensor | None = None, sizes: Tensor | None = None,
+        sums: Sequence[Tensor | None], backwards: bool, reached: Tensor | None = None, sizes: Tensor | None = None, fade: float = LATELY,
     ) -> Tensor:  # fmt: skip
         """Run every chunk over its span from its start state; returns the end states.
 
         start, end [chunks, batch, state numbers], or start [batch, state numbers] for all chunks; streams and emits [batch, time,
-        numbers] with a unit last stride, written in place; sums [chunks, batch, numbers], overwritten. A None is not written.
+        numbers] with a unit last stride, written in place; sums [chunks, batch, numbers], in double, overwritten. A None is not written.
         `backwards`: step t is the tensors' step time - 1 - t. The steps that lead up to a chunk write nothing but the states they
-        reach, `reached`. `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago / 2**k.
+        reach, `reached`. `sizes`, like end: how large each state number was lately, the largest of |s| k steps ago · fade**k.
         """
 
     def scan(self, a: Tensor, r: Tensor, largest: bool) -> Tensor:
@@ -81,7 +83,9 @@ class Cut:
     atol: float = 0.0
     rtol: float = 0.0
     fill: int = 1  # chunks that run in the time of one
-    slack: float = 1.0  # times rtol for a state that remembers more than a chunk, as where Jacobians are needed
+    slack: float = 1.0  # times rtol for a state that remembers long: more than a chunk, as where Jacobians are needed, or much of one
+    fade: float = LATELY  # what is left of an earlier state after a step, as far as it is known
+    floor: float = 0.0  # a gap up to this may be rounding, see `_is_rounding`
     max_passes: int | None = None
     on_divergence: str = "sequential"
     patient: bool = False  # the user asked for this cut: passes go on as long as the gap falls
@@ -120,6 +124,7 @@ class Outcome:
     converged: bool = True
     fallback: str | None = None
     update: str = "none"
+    fade: float = LATELY  # what is left of an earlier state after a step, at most
     cost: float = 0.0  # of all passes, in steps of the sequential kernel
 
     @property
@@ -140,10 +145,9 @@ class Outcome:
 def solve(p: Problem, cut: Cut) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""
     spans, chunks = cut.spans, len(cut.spans)
-    batch = p.start.shape[0]
     shape = chunks, *p.start.shape
     params, streams = p.kernel.prepare(p.params, p.streams)
-    sums = [p.start.new_empty(chunks, batch, n) for n in p.sum_sizes]
+    sums = sums_of(p, chunks)
 
     def sweep(which: np.ndarray, start: Tensor, reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run some chunks, outputs and all: their end states, and how large the state was lately. `reached`: warm up first."""
@@ -151,7 +155,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         part = [z.new_empty(len(which), *z.shape[1:]) for z in sums] if some else sums
         picked = spans if reached is not None or (spans.lead is None and not some) else spans.pick(which)
         sizes = p.start.new_empty(shape if not some else (len(which), *shape[1:]))
-        end = p.kernel.sweep(picked, start, streams, params, p.emits, part, p.backwards, reached, sizes)
+        end = p.kernel.sweep(picked, start, streams, params, p.emits, part, p.backwards, reached, sizes, outcome.fade)
         if some:
             at = torch.from_numpy(which).to(start.device)
             for z, new in zip(sums, part, strict=True):
@@ -163,14 +167,14 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         tangents = {"none": -1, "diagonal": 1, "exact": p.group}[update]
         return spans.longest * max(1.0, some / cut.fill) * (tangents + 2)
 
-    active = spans.every
+    active, outcome = spans.every, Outcome(p.start, sums, fade=cut.fade)
     if chunks == 1:
-        return Outcome(sweep(active, p.start)[0].select(0, 0), sums)
+        outcome.end = sweep(active, p.start)[0].select(0, 0)
+        return outcome
 
     start = p.start.new_empty(shape)
     if spans.lead is None:
         start.copy_(p.start)
-    outcome = Outcome(p.start, sums)
     updates = list(cut.updates)
     newton = _newton(p, chunks, updates.pop(0))
     since = 0  # passes before this update
@@ -180,7 +184,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         p.kernel.sweep(spans.before, p.start, streams, params, nothing, [None] * len(sums), p.backwards, start)
         warm = False
     end = sizes = start  # until the first sweep
-    near = False
+    near = measured = False
     while True:
         # Where close by the gap no longer falls fast, what is left is rounding, which Jacobians do not mend and plain passes do.
         gaps = outcome.gaps
@@ -198,7 +202,10 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         outcome.passes = len(outcome.gaps)
         outcome.cost += cost(len(active), "none" if correct is None else correct.kind)
         outcome.update = newton.kind if newton is not None else "none"
-        if not largest > 1:
+        # How fast the slowest numbers forget shows as long as there is more than rounding in the gap.
+        if correct is None and len(gaps) - since > 1 and gaps[-1] < gaps[-2] and (gaps[-1] > NEAR * (cut.rtol or cut.atol) or not measured):
+            outcome.fade, measured = max(LATELY, (gaps[-1] / gaps[-2]) ** (1 / spans.longest)), True
+        if not largest > 1 or _is_rounding(p.kernel, cut, outcome, start, end, sizes):
             break
         moved = np.flatnonzero(worst.numpy() > 1)
         first_moved = int(moved[0])
@@ -227,6 +234,12 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             return _finish(p, cut, params, streams, outcome, first_moved + 1, end[first_moved])
     outcome.end = end.select(0, -1)
     return outcome
+
+
+def sums_of(p: Problem, chunks: int) -> list[Tensor]:
+    """Room for the sums of every chunk."""
+    dtype = p.start.dtype if p.start.device.type == "mps" else torch.float64  # which has no double
+    return [p.start.new_empty(chunks, p.start.shape[0], n, dtype=dtype) for n in p.sum_sizes]
 
 
 def _finish(
@@ -267,6 +280,16 @@ def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, left: int, cost
     if len(gaps) >= 2 and not ratio * SURE < 1 and outcome.cost + cost > TRIAL * p.steps:
         return f"the gap hardly falls ({gaps[-1]:.3g} after {len(outcome.gaps)} passes), and another pass would cost {cost:.0f} steps"
     return None
+
+
+def _is_rounding(kernel: Kernel, cut: Cut, outcome: Outcome, start: Tensor, end: Tensor, sizes: Tensor) -> bool:
+    """Whether what is left of the gap is rounding: small, falling no longer as it did, and within the tolerance of what each number has
+    ever been. A number that is a sum which cancels holds the rounding of the terms.
+    """
+    gaps, left = outcome.gaps, outcome.fade**cut.spans.longest  # of an earlier state, after a chunk
+    if not (len(gaps) > 1 and gaps[-1] <= cut.floor and gaps[-1] > max(1 / FAST, LESS * left) * gaps[-2]):
+        return False
+    return not kernel.gap(start, end, sizes, cut.rtol * cut.slack, 0.0)[0] > 1
 
 
 def _newton(p: Problem, chunks: int, update: str) -> _Newton | None:

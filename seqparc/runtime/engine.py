@@ -152,13 +152,16 @@ class Engine:
         best = kernel.chunks_wanted(batch, THREADS if options.deterministic else torch.get_num_threads())
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape)
-        warmup, passes, floor = (None, 1, 0.0) if known is None else (known.warmup, known.passes, known.floor)
-        key = direction, batch, steps, best, warmup, passes, floor, watched, kernel.chunk_per_warmup
+        known = known or Experience()
+        key = (
+            direction, batch, steps, best, watched, kernel.chunk_per_warmup,
+            known.warmup, known.passes, known.fade, known.floor, known.slower,
+        )  # fmt: skip
         decided = self._decided.get(key)
         if decided is None:
             choice: Choice = self.choose(
-                options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward", warmup=warmup,
-                passes=passes, per_warmup=kernel.chunk_per_warmup,
+                options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward",
+                warmup=known.warmup, passes=known.passes, per_warmup=kernel.chunk_per_warmup, slower=known.slower,
             )  # fmt: skip
             if not watched:
                 choice = replace(choice, reasons=("a CUDA graph is being made, in which gaps cannot be waited for",))
@@ -166,15 +169,17 @@ class Engine:
             unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
             cut = Cut(
                 cut_evenly(steps, choice.chunks, choice.warmup if choice.chunks > 1 else 0), choice.updates,
-                atol=eps**2 if options.atol is None else options.atol, rtol=max(unit, floor) if options.rtol is None else options.rtol,
-                fill=best, slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
+                atol=eps**2 if options.atol is None else options.atol,
+                rtol=max(unit, known.floor) if options.rtol is None else options.rtol,
+                fade=known.fade, floor=FLOOR * eps if options.rtol is None else 0.0, fill=best,
+                slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
                 max_passes=options.max_passes, on_divergence=options.on_divergence,
                 patient=options.strategy != "auto",
             )  # fmt: skip
             if len(self._decided) > 256:
                 self._decided.clear()
             decided = self._decided[key] = choice, cut, shape
-            if known is not None and known.why and choice.given_up and shape in self.converged and not self.warned:
+            if known.why and choice.given_up and shape in self.converged and not self.warned:
                 self.warned = True
                 message = (
                     f"{self.name} has become sequential: its {direction} runs of {steps} steps used to converge in parallel and no longer "
@@ -186,7 +191,10 @@ class Engine:
 
     def correction(self, key: str, device: torch.device, update: str) -> tuple[Kernel, np.ndarray]:
         """See `seqparc.runtime.driver.Problem`."""
-        made = self.kernel(f"{key} {update}", self.plan.jacobian(key, update), device)[1]
+        begin = time.perf_counter()
+        program = self.plan.jacobian(key, update)
+        self.compile_seconds += time.perf_counter() - begin
+        made = self.kernel(f"{key} {update}", program, device)[1]
         return made, self.plan.place if update == "exact" else self.plan.place.reshape(-1, 1)
 
     def solve(
@@ -249,13 +257,16 @@ class Engine:
     def _watched(self, p: Problem, shape: Shape, choice: Choice, cut: Cut) -> Outcome:
         """Run with the gap read after every pass, and learn from it."""
         options = self.options
+        begin = time.perf_counter()
         outcome = solve(p, cut)
+        seconds = time.perf_counter() - begin
         with self._learning():
             if not options.deterministic and options.warmup is None:
-                self._learn(p, shape, choice, cut, outcome)
+                self._learn(p, shape, choice, cut, outcome, seconds)
             if outcome.converged and len(cut.spans) > 1:
                 self.converged.add(shape)
-            if outcome.converged and outcome.update == "none" and outcome.passes <= MOST_PASSES:
+            # What was taken for rounding is not seen from inside a run.
+            if outcome.converged and outcome.update == "none" and outcome.passes <= MOST_PASSES and outcome.gap <= (cut.rtol or cut.atol):
                 self.sure[shape] = cut, outcome.passes, outcome
             self.history[shape[0]].add(outcome.passes, outcome.gap, outcome.converged, choice.given_up)
         if outcome.fallback and options.on_divergence == "warn":
@@ -288,18 +299,23 @@ class Engine:
             history=replace(self.history[direction]),
         )  # fmt: skip
 
-    def _learn(self, p: Problem, shape: Shape, choice: Choice, cut: Cut, outcome: Outcome) -> None:
+    def _learn(self, p: Problem, shape: Shape, choice: Choice, cut: Cut, outcome: Outcome, seconds: float) -> None:
         known = self.experience.get(shape)
-        if choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
-            if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:
-                return  # another thread's run has taught something since, and this one says nothing about that
-            if known is None:
-                known = self.experience[shape] = Experience(choice.warmup, math.inf)
+        if choice.strategy == "sequential":
+            if known is not None:
+                known.timed(seconds, outcome, p.steps)
+                if known.ran_alone():
+                    self.experience.pop(shape, None)
+            return
+        if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:
+            return  # another thread's run has taught something since, and this one says nothing about that
+        if known is None:
+            known = self.experience[shape] = Experience(choice.warmup or None)
+        if choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
             known.learn(outcome, choice.warmup, cut.spans.longest, FLOOR * torch.finfo(self.plan.dtype).eps)
-        elif known is not None and choice.strategy == "sequential":
-            known.calls += 1
-            if known.calls >= RETRY:
-                self.experience.pop(shape, None)
+        told = outcome.converged and (known.settled or outcome.passes == 1)
+        if told and self.options.strategy == "auto" and p.start.device.type == "cpu":  # elsewhere a run is only begun here
+            known.timed(seconds, outcome, p.steps)
 
     # -- forward ---------------------------------------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from seqparc.runtime.driver import Outcome
+from seqparc.spans import LATELY
 
 #: A longer warm-up is worth having if it makes the first gap this many times smaller.
 WORTH = 4
@@ -17,6 +19,12 @@ FLOOR = 64
 #: Calls after which a shape that was better run sequentially is tried again.
 RETRY = 100
 
+#: Runs of which the fastest is compared with the fastest of as many sequential ones; one of those is enough if it takes FAR times as long.
+TIMED, FAR = 3, 2
+#: The comparison is worth making if a pass takes less than these seconds, much of which is its fixed cost, or if passes cost this part of
+#: the steps that the sequential kernel does.
+LIGHT, MANY = 1e-3, 0.25
+
 #: Direction, batch, and how many bits the number of steps has: what experience is shared by.
 Shape = tuple[str, int, int]
 
@@ -25,30 +33,66 @@ Shape = tuple[str, int, int]
 class Experience:
     """What earlier runs of one shape and direction have taught: the warm-up, whether a longer one would help, and the passes it takes.
 
+    fade: what is left of an earlier state after a step, see `seqparc.runtime.driver.Outcome`.
     floor: the gap that rounding leaves, 0 if not known. Two start states far apart, those of half and of the whole warm-up, end as
     far from the truth as each other; what they have in common is not where they began.
     """
 
-    warmup: int
-    gap: float  # after the first pass, with half the warm-up
+    warmup: int | None = None
+    gap: float = math.inf  # after the first pass, with half the warm-up
     settled: bool = False
     passes: float = 1
     cost: float = math.inf  # in steps of a pass, with half the warm-up
+    fade: float = LATELY
     floor: float = 0.0
     calls: int = 0
     why: str | None = None  # the last run did not converge
+    passing: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # seconds of the last runs in passes, once settled
+    alone: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # and of sequential ones
 
     def learn(self, outcome: Outcome, warmup: int, length: int, most: float) -> None:
         """From a run of more than one pass over chunks of `length` steps. `most`: the largest floor that is believed."""
         passes, self.why = outcome.passes if outcome.converged else math.inf, outcome.fallback
         cost = passes * length + warmup
+        if not self.settled and outcome.converged:
+            self.fade = outcome.fade
         if self.settled:
             self.passes = passes
         elif outcome.gaps[0] * WORTH <= self.gap or cost * CHEAPER <= min(self.cost, sys.float_info.max):
             self.warmup, self.gap, self.cost = max(1, warmup) * 2, outcome.gaps[0], cost
         else:
             self.warmup, self.settled = max(1, warmup) // 2, True
-            if not outcome.converged:  # neither of two warm-ups does
-                self.passes = passes
             floor = max(self.gap, outcome.gaps[0])
             self.floor = min(2 * floor, most) if floor <= most else 0.0
+            if not outcome.converged and not self.floor:  # neither of two warm-ups does
+                self.passes = passes
+
+    def timed(self, seconds: float, outcome: Outcome, steps: int) -> None:
+        """What a run of `steps` steps took, in passes or sequentially."""
+        if not outcome.cost:
+            if len(self.alone) < TIMED:  # later ones would tell nothing new
+                self.alone.append(seconds)
+        elif self.alone or seconds < LIGHT * outcome.passes or outcome.cost > MANY * steps:
+            self.passing.append(seconds)
+
+    @property
+    def slower(self) -> str | None:
+        """Why the next run is to be sequential: passes take longer, or it is not known whether they do."""
+        if not self.passing:
+            return None
+        mine, other = min(self.passing), min(self.alone, default=0.0)
+        known = len(self.alone) == TIMED
+        if len(self.passing) < TIMED and not (known and mine > FAR * other):
+            return None
+        if not known and other < FAR * mine:
+            return "timed, to see whether passes pay"
+        return f"it took {1000 * other:.3g} ms where passes took {1000 * mine:.3g}" if other < mine else None
+
+    def ran_alone(self) -> bool:
+        """Count a sequential run; whether what is known is to be forgotten, as it is time to see whether it is still so."""
+        self.calls += 1
+        if self.calls < RETRY:
+            return False
+        self.calls, slower = 0, self.slower
+        self.passing.clear()  # to be timed again
+        return slower is None

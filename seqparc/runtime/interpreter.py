@@ -17,7 +17,7 @@ from seqparc import ir
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 from seqparc.scan import doubling
-from seqparc.spans import Spans
+from seqparc.spans import LATELY, Spans
 
 
 class TorchKernel:
@@ -62,6 +62,7 @@ class TorchKernel:
         backwards: bool = False,
         reached: Tensor | None = None,
         sizes: Tensor | None = None,
+        fade: float = LATELY,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
         t0, length, lead = spans.t0, spans.length, spans.lead
@@ -93,7 +94,7 @@ class TorchKernel:
                 total = totals[s.slot]
                 if total is not None:
                     part = torch.zeros_like(total[rows])
-                    part[..., self.index(s.index).reshape(-1)] = values[s.value].flatten(2)
+                    part[..., self.index(s.index).reshape(-1)] = values[s.value].flatten(2).to(total.dtype)
                     total[rows] += part
             following = torch.empty_like(state[rows])
             for v, value in zip(self.program.state, self.program.next, strict=True):
@@ -103,7 +104,7 @@ class TorchKernel:
             else:
                 state[rows] = following
             if sizes is not None:
-                lately[rows] = torch.fmax(state[rows].abs(), lately[rows] * 0.5)
+                lately[rows] = torch.fmax(state[rows].abs(), lately[rows] * fade)
         if sizes is not None:
             sizes.copy_(lately)
         for z, total in zip(sums, totals, strict=True):

@@ -197,8 +197,8 @@ def _adjoint(ledger: _Ledger, plan: Plan, call: _Call) -> tuple[str, int]:
     direct = {e.slot for e in adjoint.streams if e.direct}
     through = ledger.add("cotangents of the streams", rows * item * sum(n for k, n in written.items() if k in direct))
     factors = ledger.add("factors of the weights' gradients", rows * item * sum(n for k, n in written.items() if k not in direct))
-    numbers = (3 * sum(program.state_sizes) if call.chunks[1] > 1 else 0) + sum(program.sum_sizes)
-    ledger.passing("chunks", item * call.chunks[1] * call.batch * numbers)
+    held = item * (3 * sum(program.state_sizes) if call.chunks[1] > 1 else 0) + 8 * sum(program.sum_sizes)
+    ledger.passing("chunks", call.chunks[1] * call.batch * held)
     whole = sum(plan.core.stream_sizes[e.target] for e in adjoint.streams if not e.direct)
     wide = ledger.add("cotangents of the streams", rows * item * whole)
     copies = [_copied(o, plan, program, call.batch) for o in adjoint.outers if o.x < 0]

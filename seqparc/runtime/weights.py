@@ -28,7 +28,7 @@ def of_params(
     """The gradient of each parameter, flat, or None. emits, sums, read: what the adjoint's kernel wrote, and the streams it read."""
     found: list[Tensor | None] = [None] * len(params)
     for e in adjoint.params:
-        total = sums[e.slot].sum((0, 1))
+        total = sums[e.slot].sum((0, 1)).to(params[e.target].dtype)
         if not e.direct:
             total = total.new_zeros(params[e.target].numel()).index_add_(0, places(e.columns, total.device), total)
         found[e.target] = _plus(found[e.target], total)

@@ -31,8 +31,8 @@ static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }
 
-// How large a number has been lately: a step ago counts half.
-INLINE vf lately(vf m, vf s) { const vf a = sp_abs(s), b = m * sp_set1((real)0.5); return sp_select((vi)(a > b), a, b); }
+// How large a number has been lately: a step ago counts `fade` times.
+INLINE vf lately(vf m, vf s, vf fade) { const vf a = sp_abs(s), b = m * fade; return sp_select((vi)(a > b), a, b); }
 
 // n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
 INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {
@@ -68,14 +68,15 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
   const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];
   real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];
   const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];
-  real* const x0 = (real* const)args[12];
-  const int64_t x0_b = args[13];
-  const int64_t x0_t = args[14];
-  real* const p0 = (real* const)args[15];
-  real* const w0 = (real* const)args[16];
-  real* const y0 = (real* const)args[17];
-  const int64_t y0_b = args[18];
-  const int64_t y0_t = args[19];
+  real* const x0 = (real* const)args[13];
+  const int64_t x0_b = args[14];
+  const int64_t x0_t = args[15];
+  real* const p0 = (real* const)args[16];
+  real* const w0 = (real* const)args[17];
+  real* const y0 = (real* const)args[18];
+  const int64_t y0_b = args[19];
+  const int64_t y0_t = args[20];
+  double faded; __builtin_memcpy(&faded, args + 12, 8); const vf fade = sp_set1((real)faded);
   int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], lane_x[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
   const int64_t per = (chunks * batch + U * W - 1) / (U * W), g = block / per; (void)g;
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) {
@@ -125,7 +126,7 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
       else if (out && y0) for (int64_t i = 0; i < 20; i++)
         EACH put_live(y0 + (0) + k * y0_t + i, y0_o + u * W, n0[i][u], length + u * W, k);
       for (int64_t i = 0; i < 20; i++) EACH s0[i][u] = full ? n0[i][u] : sp_where(live[u], n0[i][u], s0[i][u]);
-      if (sizes) for (int64_t i = 0; i < 20; i++) EACH { const vf m = lately(m_s0[i][u], s0[i][u]); m_s0[i][u] = full ? m : sp_where(live[u], m, m_s0[i][u]); }
+      if (sizes) for (int64_t i = 0; i < 20; i++) EACH { const vf m = lately(m_s0[i][u], s0[i][u], fade); m_s0[i][u] = full ? m : sp_where(live[u], m, m_s0[i][u]); }
     }
     real* const to = out ? end : reached;
     for (int64_t i = 0; i < 20; i++) EACH sp_scatter(to + i, lane_r + u * W, s0[i][u]);

@@ -31,8 +31,8 @@ static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }
 
-// How large a number has been lately: a step ago counts half.
-INLINE vf lately(vf m, vf s) { const vf a = sp_abs(s), b = m * sp_set1((real)0.5); return sp_select((vi)(a > b), a, b); }
+// How large a number has been lately: a step ago counts `fade` times.
+INLINE vf lately(vf m, vf s, vf fade) { const vf a = sp_abs(s), b = m * fade; return sp_select((vi)(a > b), a, b); }
 
 // n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
 INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {
@@ -61,6 +61,15 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
   }
 }
 
+// Sums are kept in double, and added to some steps at a time: step by step a long one would lose what is small beside it.
+#define BRIEFLY 64
+INLINE void put_by(vf (*sum)[U_MOST], double (*total)[U_MOST * W], const int64_t n, const int U) {
+  for (int64_t i = 0; i < n; i++) EACH {
+    for (int l = 0; l < W; l++) total[i][u * W + l] += sum[i][u][l];
+    sum[i][u] = sp_set1(0);
+  }
+}
+
 
 // One tile: U vectors of W lanes.
 INLINE void tile(const int64_t* args, int64_t block, const int U) {
@@ -68,26 +77,27 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
   const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];
   real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];
   const int64_t* const leads = (const int64_t*)args[5]; const real* const start = (const real*)args[6];
-  real* const x0 = (real* const)args[12];
-  const int64_t x0_b = args[13];
-  const int64_t x0_t = args[14];
-  real* const x1 = (real* const)args[15];
-  const int64_t x1_b = args[16];
-  const int64_t x1_t = args[17];
-  real* const x2 = (real* const)args[18];
-  const int64_t x2_b = args[19];
-  const int64_t x2_t = args[20];
-  real* const x3 = (real* const)args[21];
-  const int64_t x3_b = args[22];
-  const int64_t x3_t = args[23];
-  real* const p0 = (real* const)args[24];
-  real* const y0 = (real* const)args[25];
-  const int64_t y0_b = args[26];
-  const int64_t y0_t = args[27];
-  real* const y1 = (real* const)args[28];
-  const int64_t y1_b = args[29];
-  const int64_t y1_t = args[30];
-  real* const z0 = (real* const)args[31];
+  real* const x0 = (real* const)args[13];
+  const int64_t x0_b = args[14];
+  const int64_t x0_t = args[15];
+  real* const x1 = (real* const)args[16];
+  const int64_t x1_b = args[17];
+  const int64_t x1_t = args[18];
+  real* const x2 = (real* const)args[19];
+  const int64_t x2_b = args[20];
+  const int64_t x2_t = args[21];
+  real* const x3 = (real* const)args[22];
+  const int64_t x3_b = args[23];
+  const int64_t x3_t = args[24];
+  real* const p0 = (real* const)args[25];
+  real* const y0 = (real* const)args[26];
+  const int64_t y0_b = args[27];
+  const int64_t y0_t = args[28];
+  real* const y1 = (real* const)args[29];
+  const int64_t y1_b = args[30];
+  const int64_t y1_t = args[31];
+  double* const z0 = (double* const)args[32];
+  double faded; __builtin_memcpy(&faded, args + 12, 8); const vf fade = sp_set1((real)faded);
   int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], lane_x[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
   int64_t lane_g[U_MOST * W];
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) {
@@ -116,6 +126,7 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
 #define G(l) lane_g[l]
   vf s0[1][U_MOST]; EACH for (int l = 0; l < W; l++) s0[0][u][l] = start[0 + o6[u * W + l] - lane_x[u * W + l]];
   vf c0[1][U_MOST]; for (int64_t i = 0; i < 1; i++) EACH c0[i][u] = sp_set1(0);
+  double t_c0[1][U_MOST * W]; __builtin_memset(t_c0, 0, sizeof t_c0);
   vf m_s0[1][U_MOST]; EACH m_s0[0][u] = sp_abs(s0[0][u]);
   vf n0[1][U_MOST];
   // Twice over the same loop: the steps that lead up to the chunk, whose outputs nobody wants, then the chunk.
@@ -135,38 +146,41 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
     for (int l = 0; l < U * W; l++) o3[l] = lane_b[l] * x0_b + begin[l] * x0_t + lane_g[l] * 1;
     for (int l = 0; l < U * W; l++) o4[l] = lane_b[l] * y0_b + begin[l] * y0_t + lane_g[l] * 1;
     for (int l = 0; l < U * W; l++) o5[l] = lane_b[l] * y1_b + begin[l] * y1_t + lane_g[l] * 1;
-    for (int64_t k = 0; k < longest; k++) {
-      const int full = k < shortest;
-      vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
-      vf v1[U_MOST]; EACH v1[u] = LOAD_SIDE(x3 + 0 + k * x3_t, o0 + u * W);
-      vf v2[U_MOST]; EACH v2[u] = (s0[0][u] + v1[u]);
-      vf v3[U_MOST]; EACH v3[u] = LOAD_SIDE(x1 + 0 + k * x1_t, o1 + u * W);
-      vf v4[U_MOST]; EACH v4[u] = (v2[u] * v3[u]);
-      vf v7[U_MOST]; EACH v7[u] = LOAD_SIDE(x2 + 0 + k * x2_t, o2 + u * W);
-      vf v8[U_MOST]; EACH v8[u] = (p[0][u] * v7[u]);  // test_golden.py
-      vf v9[U_MOST]; EACH v9[u] = sp_tanh(v8[u]);  // test_golden.py
-      vf v10[U_MOST]; EACH v10[u] = (v9[u] * v9[u]);
-      vf v11[U_MOST]; EACH v11[u] = (sp_set1(1.0f) - v10[u]);
-      vf v12[U_MOST]; EACH v12[u] = (v4[u] * v11[u]);
-      vf v13[U_MOST]; EACH v13[u] = (v12[u] * p[0][u]);
-      vf v14[U_MOST]; EACH v14[u] = LOAD_SIDE(x0 + 0 + k * x0_t, o3 + u * W);
-      vf v15[U_MOST]; EACH v15[u] = (v2[u] * v14[u]);
-      vf v16[U_MOST]; EACH v16[u] = (v13[u] + v15[u]);
-      EACH n0[0][u] = v16[u];
-      vf v17[U_MOST]; EACH v17[u] = (v2[u] * v7[u]);
-      if (out && y0) EACH STORE_SIDE(y0 + 0 + k * y0_t, o4 + u * W, v17[u]);
-      vf v18[U_MOST]; EACH v18[u] = (v2[u] * v9[u]);
-      if (out && y1) EACH STORE_SIDE(y1 + 0 + k * y1_t, o5 + u * W, v18[u]);
-      vf v19[U_MOST]; EACH v19[u] = (v12[u] * v7[u]);
-      if (out) EACH c0[0][u] += KEEP(v19[u]);
-      EACH s0[0][u] = full ? n0[0][u] : sp_where(live[u], n0[0][u], s0[0][u]);
-      if (sizes) EACH { const vf m = lately(m_s0[0][u], s0[0][u]); m_s0[0][u] = full ? m : sp_where(live[u], m, m_s0[0][u]); }
+    for (int64_t brief = 0; brief < longest; brief += BRIEFLY) {
+      for (int64_t k = brief, until = brief + BRIEFLY < longest ? brief + BRIEFLY : longest; k < until; k++) {
+        const int full = k < shortest;
+        vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
+        vf v1[U_MOST]; EACH v1[u] = LOAD_SIDE(x3 + 0 + k * x3_t, o0 + u * W);
+        vf v2[U_MOST]; EACH v2[u] = (s0[0][u] + v1[u]);
+        vf v3[U_MOST]; EACH v3[u] = LOAD_SIDE(x1 + 0 + k * x1_t, o1 + u * W);
+        vf v4[U_MOST]; EACH v4[u] = (v2[u] * v3[u]);
+        vf v7[U_MOST]; EACH v7[u] = LOAD_SIDE(x2 + 0 + k * x2_t, o2 + u * W);
+        vf v8[U_MOST]; EACH v8[u] = (p[0][u] * v7[u]);  // test_golden.py
+        vf v9[U_MOST]; EACH v9[u] = sp_tanh(v8[u]);  // test_golden.py
+        vf v10[U_MOST]; EACH v10[u] = (v9[u] * v9[u]);
+        vf v11[U_MOST]; EACH v11[u] = (sp_set1(1.0f) - v10[u]);
+        vf v12[U_MOST]; EACH v12[u] = (v4[u] * v11[u]);
+        vf v13[U_MOST]; EACH v13[u] = (v12[u] * p[0][u]);
+        vf v14[U_MOST]; EACH v14[u] = LOAD_SIDE(x0 + 0 + k * x0_t, o3 + u * W);
+        vf v15[U_MOST]; EACH v15[u] = (v2[u] * v14[u]);
+        vf v16[U_MOST]; EACH v16[u] = (v13[u] + v15[u]);
+        EACH n0[0][u] = v16[u];
+        vf v17[U_MOST]; EACH v17[u] = (v2[u] * v7[u]);
+        if (out && y0) EACH STORE_SIDE(y0 + 0 + k * y0_t, o4 + u * W, v17[u]);
+        vf v18[U_MOST]; EACH v18[u] = (v2[u] * v9[u]);
+        if (out && y1) EACH STORE_SIDE(y1 + 0 + k * y1_t, o5 + u * W, v18[u]);
+        vf v19[U_MOST]; EACH v19[u] = (v12[u] * v7[u]);
+        if (out) EACH c0[0][u] += KEEP(v19[u]);
+        EACH s0[0][u] = full ? n0[0][u] : sp_where(live[u], n0[0][u], s0[0][u]);
+        if (sizes) EACH { const vf m = lately(m_s0[0][u], s0[0][u], fade); m_s0[0][u] = full ? m : sp_where(live[u], m, m_s0[0][u]); }
+      }
+      put_by(c0, t_c0, 1, U);
     }
     real* const to = out ? end : reached;
     EACH sp_scatter(to + 0, o6 + u * W, s0[0][u]);
   }
   if (sizes) EACH sp_scatter(sizes + 0, o6 + u * W, m_s0[0][u]);
-  if (z0) for (int64_t i = 0; i < 1; i++) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) z0[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * 12 + G(u * W + l)] = c0[i][u][l];
+  if (z0) for (int64_t i = 0; i < 1; i++) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) z0[(lane_c[u * W + l] * batch + lane_b[u * W + l]) * 12 + G(u * W + l)] = t_c0[i][u * W + l];
 #undef G
 }
 
