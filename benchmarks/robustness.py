@@ -94,14 +94,16 @@ def look(d: Dynamics, repeats: int, shorter: int) -> dict[str, Any]:
             s.call(True, steps // shorter)
     for both in (False, True):
         what = "fwd+bwd" if both else "fwd"
+        before = auto.rnn.stats.compile_seconds
         first, now = auto.call(both), auto.told()
+        making = auto.rnn.stats.compile_seconds - before  # of the kernels of an update that shorter runs did not need
         for _ in range(SETTLING):
             plain.call(both), auto.call(both)
         times = [(plain.call(both), auto.call(both)) for _ in range(repeats)]
         sequential, mine = (statistics.median(column) for column in zip(*times, strict=True))
         row[what] = {
-            "sequential_ms": 1000 * sequential, "first": first / sequential, "settled": mine / sequential, "at_first": now,
-            "then": auto.told(),
+            "sequential_ms": 1000 * sequential, "first": (first - making) / sequential, "making_s": making, "settled": mine / sequential,
+            "at_first": now, "then": auto.told(),
         }  # fmt: skip
     row["newton"] = {"times": newton.call(True) / sequential, **newton.told()["forward"]}
     x = plain.x
