@@ -73,6 +73,12 @@ def cut_evenly(steps: int, chunks: int, warmup: int = 0) -> Spans:
     return Spans(t0, np.diff(edges), np.minimum(t0, warmup) if warmup else None)
 
 
+@functools.lru_cache(256)
+def span(begin: int, length: int) -> Spans:
+    """One stretch of time."""
+    return Spans(np.array([begin], np.int64), np.array([length], np.int64))
+
+
 def _address(a: np.ndarray) -> int:
     assert a.dtype == np.int64 and a.flags.c_contiguous
     return int(a.__array_interface__["data"][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import seqparc
-from seqparc.runtime import slabs
+from seqparc.runtime import driver, slabs
 from seqparc.tree import flatten
 
 from .cells import CELLS
@@ -130,3 +131,68 @@ def test_memory_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert rnn.explain(x).memory["forward"].most == pytest.approx(most, rel=0.1)
         monkeypatch.setattr(slabs, "MOST", 1 << 40)
         assert measured(lambda: rnn(x))[0] > left + 1.5 * (1 << 20)  # there is something to be saved
+
+
+# -- pieces of a sequential run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GRU", "elementwise GRU", "two levels"])
+@pytest.mark.parametrize("piece", [64, 50])
+def test_pieces_of_a_sequential_run_are_the_run(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = CELLS[name].make()
+    x = torch.randn(3, 201, CELLS[name].inputs)
+    found = []
+    for most in (piece, 1 << 16):
+        monkeypatch.setattr(driver, "PIECE", most)
+        rnn = seqparc.compile(cell, options={"strategy": "sequential"})
+        u = x.clone().requires_grad_()
+        y, last = rnn(u)
+        leaves = [*flatten(y)[0], *flatten(last)[0]]
+        loss = torch.stack([v.square().sum() for v in leaves]).sum()
+        found.append((leaves, torch.autograd.grad(loss, [u, *cell.parameters()])))
+    for mine, right in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(mine, right)
+    for mine, right in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6 * float(right.abs().max()))
+
+
+def test_what_is_left_of_a_run_is_done_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "PIECE", 70)
+    cell = nn.RNNCell(3, 5)
+    with torch.no_grad():
+        cell.weight_hh.mul_(6)  # chaos
+    x = torch.randn(2, 640, 3)
+    rnn = seqparc.compile(cell, options={"strategy": "shooting", "chunks": 8, "max_passes": 1})
+    weights = list(cell.parameters())
+    found = torch.autograd.grad(rnn(x)[0].square().sum(), weights)
+    assert rnn.stats.fallback and rnn.stats.backward is not None
+    one = seqparc.compile(cell, options={"strategy": "sequential"})
+    assert torch.equal(rnn(x)[0], one(x)[0])
+    for mine, right in zip(found, torch.autograd.grad(one(x)[0].square().sum(), weights), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+
+
+def test_an_interrupt_is_heard_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "PIECE", 100)
+    rnn = seqparc.compile(nn.GRUCell(3, 4), options={"strategy": "sequential"})
+    x = torch.randn(1, 2000, 3)
+    with torch.no_grad():
+        right, _ = rnn(x)
+        kernel = rnn.engine(x).kernels["forward"][1]  # type: ignore[union-attr]
+        sweep, runs = kernel.sweep, []
+
+        def told(*args: Any) -> Tensor:
+            runs.append(1)
+            if len(runs) == 3:
+                signal.raise_signal(signal.SIGINT)
+            return sweep(*args)
+
+        monkeypatch.setattr(kernel, "sweep", told)
+        was = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                rnn(x)
+        finally:
+            signal.signal(signal.SIGINT, was)
+        assert len(runs) == 3
+        torch.testing.assert_close(rnn(x)[0], right, rtol=0, atol=0)

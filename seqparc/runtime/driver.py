@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from seqparc.errors import ConvergenceError
-from seqparc.spans import LATELY, Spans
+from seqparc.spans import LATELY, Spans, span
 
 #: Times the tolerance at which a gap counts as near: Newton's last step took it there, and the next would only stir the rounding.
 NEAR = 64
@@ -29,6 +29,8 @@ FAST = 4
 LESS = 2
 #: A pass that makes the gap this many times smaller is one of a run that converges.
 SURE = 3
+#: Steps of the sequential kernel at one go.
+PIECE = 1 << 16
 #: Until there is one, passes after the second may cost this part of what the sequential kernel does, and another update is tried if two
 #: of its passes may.
 TRIAL, TRIED = 0.25, 2
@@ -169,7 +171,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
 
     active, outcome = spans.every, Outcome(p.start, sums, fade=cut.fade)
     if chunks == 1:
-        outcome.end = sweep(active, p.start)[0].select(0, 0)
+        outcome.end = _alone(p, params, streams, 0, p.start, sums)
         return outcome
 
     start = p.start.new_empty(shape)
@@ -247,11 +249,20 @@ def _finish(
 ) -> Outcome:
     """Run sequentially from chunk `first`, whose start state is the end of what is consistent before it."""
     tail = [z.new_empty(1, *z.shape[1:]) for z in outcome.sums]
-    t0 = cut.spans.t0[first : first + 1]
-    end = p.kernel.sweep(Spans(t0, p.steps - t0), start[None], streams, params, p.emits, tail, p.backwards)
-    outcome.end = end[0]
+    outcome.end = _alone(p, params, streams, int(cut.spans.t0[first]), start, tail)
     outcome.sums = [torch.cat((z[:first], rest)) for z, rest in zip(outcome.sums, tail, strict=True)]
     return outcome
+
+
+def _alone(p: Problem, params: Sequence[Tensor], streams: Sequence[Tensor], t0: int, state: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """Run the steps from t0 on with the sequential kernel, in pieces, between which an interrupt is heard: the last state."""
+    for begin in range(t0, p.steps, PIECE):
+        part = sums if begin == t0 else [torch.empty_like(z) for z in sums]
+        state = p.kernel.sweep(span(begin, min(PIECE, p.steps - begin)), state[None], streams, params, p.emits, part, p.backwards)[0]
+        if begin != t0:
+            for z, more in zip(sums, part, strict=True):
+                z += more
+    return state
 
 
 def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, left: int, cost: float) -> str | None:
