@@ -7,19 +7,17 @@ the plain loop's own. The last columns are `strategy="newton"`: chunks of one st
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -29,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 from dynamics import DYNAMICS, Dynamics  # noqa: E402
 from measure import machine  # noqa: E402
+from shell import bar, parser  # noqa: E402
 
 import seqparc  # noqa: E402
 from seqparc.tree import flatten  # noqa: E402
@@ -38,7 +37,21 @@ MOST = 1.3
 #: An error is the plain loop's own up to this factor, or this many units in the last place of the largest number.
 FACTOR, UNITS = 4.0, 16
 #: Calls before those that are timed.
-SETTLING = 6
+SETTLING = 12
+
+
+#: Columns that are words.
+TEXTS = ("dynamics", "first run", "settled run", "newton")
+
+PAGE = f"""
+Times are multiples of strategy="sequential" on the same call, forward alone and with all gradients: of the first call of a shape, compiling
+taken out, and of later ones. A run is passes × chunks and the update, * where the sequential kernel finished it. The gap is that of the
+settled run. Errors are the largest against float64, relative to the largest number, beside the plain loop's own. newton: chunks of one
+step, as DEER has it, forward, with its time for both directions.
+
+Promised: a settled call takes at most {MOST} times what the sequential kernel does; errors are at most {FACTOR:g} times the plain loop's,
+or {UNITS} units in the last place of the largest number; NaN and infinity stand where the loop has them.
+"""
 
 
 class Subject:
@@ -128,40 +141,64 @@ def verdicts(row: dict[str, Any]) -> list[str]:
     return found + ["NaN or infinity elsewhere"] * (not row["nan_alike"])
 
 
+#: Columns of the table: what it is called, and what of a row it shows.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "dynamics": lambda r: r["dynamics"],
+    "shape": lambda r: "×".join(map(str, r["shape"])),
+    "seq. ms": lambda r: f"{r['fwd']['sequential_ms']:.2f}",
+    "first": lambda r: f"{r['fwd']['first']:.2f}",
+    "settled": lambda r: f"{r['fwd']['settled']:.2f}",
+    "+bwd first": lambda r: f"{r['fwd+bwd']['first']:.2f}",
+    "+bwd settled": lambda r: f"{r['fwd+bwd']['settled']:.2f}",
+    "first run": lambda r: _run(r["fwd"]["at_first"]["forward"]),
+    "settled run": lambda r: _run(r["fwd"]["then"]["forward"]),
+    "gap": lambda r: f"{r['fwd']['then']['forward']['gap']:.1e}",
+    "error": lambda r: f"{r['errors']['seqparc']:.1e}",
+    "loop's": lambda r: f"{r['errors']['loop']:.1e}",
+    "newton": lambda r: f"{_run(r['newton'])}",
+    "newton ×": lambda r: f"{r['newton']['times']:.0f}",
+}
+
+
+def _run(told: dict[str, Any]) -> str:
+    if told["strategy"] == "sequential":
+        return "sequential"
+    made = f"{told['passes']} × {told['chunks']}" + ("" if told["update"] == "none" else f" {told['update']}")
+    return made + " *" * bool(told["fallback"])
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    made = Table(title="hard dynamics; times are multiples of strategy=\"sequential\"", title_justify="left")
-    for head in ("dynamics", "shape", "seq. ms", "first", "settled", "+bwd first", "+bwd settled", "passes", "gap", "finished by", "error",
-                 "loop's", "newton passes", "newton ×"):  # fmt: skip
-        made.add_column(head, justify="left" if head in ("dynamics", "finished by") else "right")
+    made = Table(title='hard dynamics; times are multiples of strategy="sequential"', title_justify="left")
+    for head in COLUMNS:
+        made.add_column(head, justify="left" if head in TEXTS else "right")
     for r in rows:
-        f, b, n, e = r["fwd"], r["fwd+bwd"], r["newton"], r["errors"]
-        first = f["at_first"]["forward"]
-        who = "sequential kernel" if first["fallback"] or first["strategy"] == "sequential" else f"passes ({first['update']})"
-        made.add_row(
-            r["dynamics"], "×".join(map(str, r["shape"])), f"{f['sequential_ms']:.2f}", f"{f['first']:.2f}", f"{f['settled']:.2f}",
-            f"{b['first']:.2f}", f"{b['settled']:.2f}", str(first["passes"]), f"{first['gap']:.1e}", who, f"{e['seqparc']:.1e}",
-            f"{e['loop']:.1e}", f"{n['passes']}{'*' if n['fallback'] else ''}", f"{n['times']:.1f}",
-        )  # fmt: skip
+        made.add_row(*(show(r) for show in COLUMNS.values()))
     return made
+
+
+def page(about: dict[str, Any], rows: Sequence[dict[str, Any]], missed: dict[str, list[str]]) -> str:
+    """The table as a page of the documentation."""
+    lines = [
+        "# Hard dynamics", "", f"Made by `python benchmarks/robustness.py --page`: {', '.join(f'{k} {v}' for k, v in about.items())}.", "",
+        PAGE.strip(), "", "Kept by every row." if not missed else "Not kept:", *(f"- {k}: {'; '.join(v)}" for k, v in missed.items()), "",
+        "| " + " | ".join(COLUMNS) + " |", "|" + "|".join("---" if head in TEXTS else "--:" for head in COLUMNS) + "|",
+        *("| " + " | ".join(show(r) for show in COLUMNS.values()) + " |" for r in rows),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the table; 1 if a row does not keep what is promised."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="dynamics whose name contains this")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="short sequences: only to see that it runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "out")
-    args = parser.parse_args(argv)
+    shell = parser(__doc__, repeats=7)
+    shell.add_argument("--page", type=Path, help="write the table as Markdown here too")
+    args = shell.parse_args(argv)
     torch.set_num_threads(args.threads)
-    console = Console(width=200)
+    console = Console(width=220)
     about = machine()
     console.print(", ".join(f"{k} {v}" for k, v in about.items()))
     chosen = [d.shorter(512) if args.quick else d for d in DYNAMICS if args.only in d.name]
     rows: list[dict[str, Any]] = []
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, auto_refresh=False) as progress, warnings.catch_warnings():
+    with bar(console) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", seqparc.SeqparcWarning)
         task = progress.add_task("", total=len(chosen))
         for d in chosen:
@@ -169,12 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(look(d, args.repeats, 2 if args.quick else 4))
             progress.advance(task)
     console.print(table(rows))
-    console.print("* finished by the sequential kernel")
+    console.print(PAGE.strip())
     missed = {r["dynamics"]: found for r in rows if (found := verdicts(r))}
     for name, found in missed.items():
         console.print(f"{name}: {'; '.join(found)}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "robustness.json").write_text(json.dumps({"machine": about, "rows": rows, "missed": missed}, indent=1))
+    if args.page:
+        args.page.write_text(page(about, rows, missed))
     console.print(f"written to {args.out}")
     return int(bool(missed))
 

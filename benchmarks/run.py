@@ -6,7 +6,6 @@ a call from Python, preparation and allocation included. Systems take turns; the
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 ROOT = Path(__file__).parent
@@ -23,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 from cases import CASES, Case  # noqa: E402
 from measure import compile_times, machine, measure  # noqa: E402
+from shell import bar, parser  # noqa: E402
 
 #: Cells whose compile time is taken, and the most it may be (seconds).
 COMPILED = ("elementwise GRU", "GRU", "LSTM", "RNN tanh", "RNN relu", "minGRU", "sLSTM", "block GRU", "layer norm GRU", "IndRNN", "LEM",
@@ -112,13 +111,7 @@ def draw(path: Path, results: Sequence[tuple[Case, list[dict[str, Any]]]]) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks; 0 when they ran, whatever they show."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this; no compile times unless 'compile'")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="short sequences, few repeats: only to see that it runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "out")
-    args = parser.parse_args(argv)
+    args = parser(__doc__, repeats=15).parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(width=150)
     about = machine()
@@ -129,9 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[tuple[Case, list[dict[str, Any]]]] = []
     compile_rows: list[dict[str, Any]] = []
     verdicts: list[dict[str, Any]] = []
-    # Drawn when something has been done and not by a thread beside it, which would be timed too.
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with bar(console) as progress:
         task = progress.add_task("", total=len(chosen) + len(compiled))
 
         def tick(text: str) -> None:

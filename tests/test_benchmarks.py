@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import baselines  # noqa: E402
 import cases  # noqa: E402
 import gpu  # noqa: E402
+import robustness  # noqa: E402
 import run  # noqa: E402
 
 
@@ -77,3 +78,22 @@ def test_the_gpu_benchmark_measures_every_system(monkeypatch: pytest.MonkeyPatch
         for row in rows:
             assert "failed" not in row, row
             assert row.get("error", 0.0) < (0.05 if row["dtype"] == "bfloat16" else 1e-5), row
+
+
+def test_hard_dynamics_run(tmp_path: Path) -> None:
+    where = tmp_path / "page.md"
+    status = robustness.main(["--quick", "--only", "integrator", "--repeats", "1", "--out", str(tmp_path), "--page", str(where)])
+    found = json.loads((tmp_path / "robustness.json").read_text())
+    assert len(found["rows"]) == 2 and status == bool(found["missed"])  # times of so short runs say nothing
+    for row in found["rows"]:
+        assert row["nan_alike"] and row["errors"]["apart"] < 1e-5 and row["fwd"]["settled"] > 0 and row["newton"]["passes"] >= 1
+    assert where.read_text().count("integrator") >= 2
+
+
+def test_what_hard_dynamics_must_keep_is_judged() -> None:
+    row: dict[str, Any] = {
+        "fwd": {"settled": 1.0}, "fwd+bwd": {"settled": 1.2}, "errors": {"seqparc": 1e-6, "loop": 1e-6}, "nan_alike": True,
+    }  # fmt: skip
+    assert robustness.verdicts(row) == []
+    row["fwd"]["settled"], row["errors"]["seqparc"], row["nan_alike"] = 1.4, float("inf"), False
+    assert [v.split()[0] for v in robustness.verdicts(row)] == ["fwd:", "error", "NaN"]

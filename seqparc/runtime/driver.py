@@ -187,10 +187,11 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         warm = False
     end = sizes = start  # until the first sweep
     near = measured = False
+    rounding = NEAR * (cut.rtol or cut.atol)  # a gap in which there is little else
     while True:
         # Where close by the gap no longer falls fast, what is left is rounding, which Jacobians do not mend and plain passes do.
         gaps = outcome.gaps
-        near = near or (len(gaps) > 1 and gaps[-1] <= NEAR * (cut.rtol or cut.atol) and gaps[-1] * FAST > gaps[-2])
+        near = near or (len(gaps) > 1 and gaps[-1] <= rounding and gaps[-1] * FAST > gaps[-2])
         correct = None if near else newton
         if correct is not None:
             correct.run(cut, active, start[active])
@@ -205,7 +206,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         outcome.cost += cost(len(active), "none" if correct is None else correct.kind)
         outcome.update = newton.kind if newton is not None else "none"
         # How fast the slowest numbers forget shows as long as there is more than rounding in the gap.
-        if correct is None and len(gaps) - since > 1 and gaps[-1] < gaps[-2] and (gaps[-1] > NEAR * (cut.rtol or cut.atol) or not measured):
+        if correct is None and len(gaps) - since > 1 and gaps[-2] > max(rounding, gaps[-1]) and (gaps[-1] > rounding or not measured):
             outcome.fade, measured = max(LATELY, (gaps[-1] / gaps[-2]) ** (1 / spans.longest)), True
         if not largest > 1 or _is_rounding(p.kernel, cut, outcome, start, end, sizes):
             break

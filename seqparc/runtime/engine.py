@@ -45,10 +45,16 @@ THREADS = 8
 #: Of so many runs that nobody watched one is looked at afterwards.
 LOOK = 16
 
-#: All that are there.
-ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_listing = Lock()
 
 MakeKernel = Callable[[Program, torch.dtype, torch.device], Kernel]
+
+
+def engines() -> list[Engine]:
+    """All that are there."""
+    with _listing():
+        return list(_engines)
 
 
 @contextlib.contextmanager
@@ -91,7 +97,8 @@ class Engine:
         self.told: Stats | None = None  # of a call in slabs
         self.compile_seconds = plan.compile_seconds
         self.stages = [None if s.plan is None else Engine(s.plan, backends, options, choose) for s in plan.stages]
-        ENGINES.add(self)
+        with _listing():
+            _engines.add(self)
 
     @functools.cached_property
     def row_bytes(self) -> int:

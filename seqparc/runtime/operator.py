@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from seqparc.errors import SeqparcError, ShapeError
 from seqparc.runtime.differentiable import FORWARD, gradients, refuse, unit
-from seqparc.runtime.engine import ENGINES, Engine
+from seqparc.runtime.engine import Engine, engines
 from seqparc.surroundings import alone
 from seqparc.text import digest
 
@@ -55,7 +55,7 @@ def held(at: int) -> Engine:
     at = abs(at)
     found = _NUMBERED.get(at)
     if found is None:
-        alike = (engine for engine in list(ENGINES) if _number(engine) // ALIKE == at // ALIKE)
+        alike = (engine for engine in engines() if _number(engine) // ALIKE == at // ALIKE)
         found = next(alike, None)
     if found is None:
         raise SeqparcError(
