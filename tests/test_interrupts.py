@@ -47,9 +47,9 @@ def interrupted(after: float) -> Iterator[None]:
     """Ctrl-C after so many seconds, which must end what is inside."""
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
     timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             yield
             time.sleep(10)
     finally:

@@ -268,7 +268,7 @@ def test_a_run_teaches_only_what_is_still_on_trial() -> None:
     p = Problem(kernel, torch.zeros(1, 4), 9000, [], [], [])
     outcome = Outcome(p.start, [], passes=2, gaps=[1e-6, 0.0])
     assert choice.chunks > 1
-    engine._learn(p, shape, choice, cut, outcome)
+    engine._learn(p, shape, choice, cut, outcome, 1.0)
     known = repr(engine.experience[shape])
-    engine._learn(p, shape, choice, cut, outcome)
+    engine._learn(p, shape, choice, cut, outcome, 1.0)
     assert repr(engine.experience[shape]) == known and not engine.experience[shape].settled

@@ -316,12 +316,15 @@ class Engine:
             return
         if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:
             return  # another thread's run has taught something since, and this one says nothing about that
+        several = choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged)
+        clocked = self.options.strategy == "auto" and p.start.device.type == "cpu"  # elsewhere a run is only begun here
+        if not several and not clocked:
+            return
         if known is None:
             known = self.experience[shape] = Experience(choice.warmup or None)
-        if choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged):
+        if several:
             known.learn(outcome, choice.warmup, cut.spans.longest, FLOOR * torch.finfo(self.plan.dtype).eps)
-        told = outcome.converged and (known.settled or outcome.passes == 1)
-        if told and self.options.strategy == "auto" and p.start.device.type == "cpu":  # elsewhere a run is only begun here
+        if clocked and outcome.converged and (known.settled or outcome.passes == 1):
             known.timed(seconds, outcome, p.steps)
 
     # -- forward ---------------------------------------------------------------------------------------------------------
