@@ -150,7 +150,39 @@ def recipes(longest: int) -> st.SearchStrategy[Recipe]:
     )  # fmt: skip
 
 
+#: Runs that something was wrong with, once or on purpose, as they shrank. What the suites below find belongs here too.
+FOUND = {
+    "the sequential kernel went on one chunk too late": Recipe(
+        "tanh network", n=1, gain=1.0, bias=0.0, steps=4, strategy="auto", chunks=None, warmup=0, update="auto", double=False, broken=False,
+        seed=0,
+    ),
+    "a correction that overflows": Recipe(
+        "affine", n=3, gain=10.0, bias=0.0, steps=400, strategy="newton", chunks=None, warmup=None, update="exact", double=False,
+        broken=False, seed=3,
+    ),
+    "NaN from the middle on": Recipe(
+        "gated", n=12, gain=3.0, bias=5.0, steps=500, strategy="shooting", chunks=9, warmup=3, update="diagonal", double=True, broken=True,
+        seed=1,
+    ),
+    "jumps that cross zero slowly": Recipe(
+        "gated", n=12, gain=1.0, bias=5.0, steps=5000, strategy="shooting", chunks=16, warmup=32, update="none", double=False, broken=False,
+        seed=5,
+    ),
+    "lengths that differ by one": Recipe(
+        "elementwise gate", n=3, gain=-2.0, bias=1.0, steps=499, strategy="shooting", chunks=40, warmup=7, update="none", double=True,
+        broken=False, seed=9,
+    ),
+}  # fmt: skip
+
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found(what: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", seqparc.errors.SeqparcWarning)
+        check(FOUND[what])
 
 
 @pytest.mark.usefixtures("quick")

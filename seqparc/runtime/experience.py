@@ -23,7 +23,7 @@ RETRY = 100
 TIMED, FAR = 3, 2
 #: The comparison is worth making if a pass takes less than these seconds, much of which is its fixed cost, or if passes cost this part of
 #: the steps that the sequential kernel does.
-LIGHT, MANY = 1e-3, 0.25
+LIGHT, MANY = 1e-3, 0.15
 
 #: Direction, batch, and how many bits the number of steps has: what experience is shared by.
 Shape = tuple[str, int, int]
