@@ -16,14 +16,13 @@ import os
 import platform
 import shlex
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from seqparc import store
-from seqparc.codegen.tools import Command, Ran, run
+from seqparc.codegen.tools import Command, Ran, run, scratch
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.options import environment
 
@@ -134,8 +133,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: Command, source: str, parts: tuple[int, ...]) -> bytes:
-    work = Path(tempfile.mkdtemp(prefix="seqparc-build-"))
-    try:
+    with scratch() as work:
         text, made = work / "kernel.c", work / "kernel.so"
         text.write_text(source, "utf-8")
         ran = _build(compiler, FLAGS, text, parts, made)
@@ -147,8 +145,6 @@ def _compile(compiler: Command, source: str, parts: tuple[int, ...]) -> bytes:
             how = f"failed with status {ran.status}" if ran.status >= 0 else f"was ended by signal {-ran.status}"
             raise ToolchainError(f"the C compiler {how}:\n{shlex.join(ran.command)}\n{ran.said.strip()}", ran.command, ran.said)
         return made.read_bytes()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _build(compiler: Command, flags: tuple[str, ...], text: Path, parts: tuple[int, ...], made: Path) -> Ran:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from seqparc.errors import ToolchainError
 Command = tuple[str, ...]
 
 _running: set[subprocess.Popen[str]] = set()
+_folders: set[Path] = set()
 _over = False
 #: Nobody forks while a program is being started: a child that holds the other end of a pipe keeps us waiting for as long as it lives.
 _starting = threading.RLock()
@@ -29,6 +32,21 @@ class Ran(NamedTuple):
     status: int
     printed: str
     said: str
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for files of programs, gone afterwards, or when this process ends: a thread that would clean up is not waited for."""
+    with _starting:
+        if _over:
+            raise ToolchainError("nothing is compiled any more, as this process ends")
+        made = Path(tempfile.mkdtemp(prefix="seqparc-build-"))
+        _folders.add(made)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        _folders.discard(made)
 
 
 def run(commands: Sequence[Command], scratch: Path | None = None) -> list[Ran]:
@@ -80,7 +98,10 @@ def _end_all() -> None:
         _over = True
     for process in list(_running):
         _end(process)
+    for folder in list(_folders):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-os.register_at_fork(after_in_child=_running.clear)  # which are the parent's
+for of_the_parent in (_running, _folders):
+    os.register_at_fork(after_in_child=of_the_parent.clear)
 os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)

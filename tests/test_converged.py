@@ -165,11 +165,11 @@ def test_the_faster_way_is_found_by_timing_both() -> None:
     for _ in range(3):
         assert known.slower is not None and known.slower.startswith("timed")
         known.timed(*took(1e-3, alone=True))
-    assert known.slower == "it took 1 ms where passes took 5"
+    assert known.slower == "it took 1 µs a step, passes 5"
     assert not any(known.ran_alone() for _ in range(experience.RETRY)), "its warm-up is known for good"
     assert known.slower is None, "tried again now and then"
     known.timed(*took(5e-3))
-    assert known.slower == "it took 1 ms where passes took 5", "one run is enough where it is much slower"
+    assert known.slower == "it took 1 µs a step, passes 5", "one run is enough where it is much slower"
     known.passing.clear()
     for _ in range(3):
         known.timed(*took(0.9e-3))

@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to(fresh: Path) -> None:
 
 @pytest.mark.parametrize("writing", [True, False], ids=["a cache", "no cache"])
 def test_no_room_to_compile(writing: bool, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
     also: Any = contextlib.nullcontext()
     if not writing:
         monkeypatch.setattr(store.tempfile, "TemporaryFile", full)

@@ -316,7 +316,7 @@ class Engine:
             return
         if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:
             return  # another thread's run has taught something since, and this one says nothing about that
-        several = choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged)
+        several = choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged)
         clocked = self.options.strategy == "auto" and p.start.device.type == "cpu"  # elsewhere a run is only begun here
         if not several and not clocked:
             return

@@ -47,7 +47,7 @@ class Experience:
     floor: float = 0.0
     calls: int = 0
     why: str | None = None  # the last run did not converge
-    passing: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # seconds of the last runs in passes, once settled
+    passing: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # seconds a step of the last runs in passes, once settled
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # and of sequential ones
 
     def learn(self, outcome: Outcome, warmup: int, length: int, most: float) -> None:
@@ -71,9 +71,9 @@ class Experience:
         """What a run of `steps` steps took, in passes or sequentially."""
         if not outcome.cost:
             if len(self.alone) < TIMED:  # later ones would tell nothing new
-                self.alone.append(seconds)
+                self.alone.append(seconds / steps)
         elif self.alone or seconds < LIGHT * outcome.passes or outcome.cost > MANY * steps:
-            self.passing.append(seconds)
+            self.passing.append(seconds / steps)
 
     @property
     def slower(self) -> str | None:
@@ -86,7 +86,7 @@ class Experience:
             return None
         if not known and other < FAR * mine:
             return "timed, to see whether passes pay"
-        return f"it took {1000 * other:.3g} ms where passes took {1000 * mine:.3g}" if other < mine else None
+        return f"it took {1e6 * other:.3g} µs a step, passes {1e6 * mine:.3g}" if other < mine else None
 
     def ran_alone(self) -> bool:
         """Count a sequential run; whether what is known is to be forgotten, as it is time to see whether it is still so."""
