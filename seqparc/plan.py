@@ -164,13 +164,17 @@ class Stats:
 
     @property
     def memory(self) -> float | None:
-        """Steps in which what is left of an earlier state falls to 1/e, roughly, by the first gap after the warm-up.
+        """Steps in which what is left of an earlier state falls to 1/e, roughly, by the first gap after the warm-up, or by what the
+        second pass has left of it.
 
-        At most that, where the gap was rounding; infinite where it did not fall; None where there was no warm-up.
+        At most that, where the gap was rounding; infinite where neither fell; None where there was no warm-up.
         """
         if self.chunks == 1 or not self.warmup or not self.gaps:
             return None
-        return self.warmup / -math.log(max(self.gaps[0], 1e-17)) if self.gaps[0] < 1 else math.inf
+        falls = [(self.warmup, self.gaps[0])]
+        if len(self.gaps) > 1 and self.update == "none" and self.gaps[0] > 0:
+            falls.append((self.chunk_length, self.gaps[1] / self.gaps[0]))
+        return min((steps / -math.log(max(left, 1e-17)) for steps, left in falls if left < 1), default=math.inf)
 
     @property
     def verdict(self) -> str:
@@ -179,7 +183,7 @@ class Stats:
             return f"sequential: {self.reasons[-1] if self.reasons else 'asked for'}"
         if not self.converged:
             return f"not in parallel: {self.fallback}"
-        forgets = "" if self.memory is None else f"; an earlier state is down to 1/e in {self.memory:.3g} steps or fewer"
+        forgets = "" if self.memory in (None, math.inf) else f"; an earlier state is down to 1/e in {self.memory:.3g} steps or fewer"
         return f"in parallel, {self.passes} pass{'es' * (self.passes != 1)} over {self.chunks} chunks{forgets}"
 
 

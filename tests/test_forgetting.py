@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import seqparc
 from seqparc.errors import SeqparcWarning
 from seqparc.forgetting import forgetting
+from seqparc.plan import Stats
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.experience import Experience
 
@@ -125,3 +126,14 @@ def test_statistics_have_a_verdict() -> None:
     rnn = seqparc.compile(Leak(3.9), state=torch.full((1,), 0.3))
     rnn(torch.randn(1, 4000, 1))
     assert "not in parallel: " in rnn.stats.verdict and "not in parallel" in str(rnn.explain())
+
+
+def test_how_long_a_cell_remembers_is_told_by_the_second_pass_where_the_warm_up_does_not_tell() -> None:
+    about = {"chunks": 16, "chunk_length": 100, "warmup": 32, "passes": 2}
+    two = Stats(**about, gaps=(1.5, 1.5 * 0.9**100))
+    assert two.memory == pytest.approx(1 / -math.log(0.9)) and "1/e in 9.49 steps" in two.verdict
+    assert Stats(**about, gaps=(0.5**32, 0.5**32)).memory == pytest.approx(1 / math.log(2))
+    never = Stats(**about, gaps=(1.5, 1.6))
+    assert never.memory == math.inf and "1/e" not in never.verdict, "what is not known is not told"
+    corrected = Stats(**about, update="exact", gaps=(1.5, 1e-3))
+    assert corrected.memory == math.inf, "what a correction made of it is no decay"
