@@ -34,7 +34,7 @@ FLAGS = (
 )  # fmt: skip
 
 #: What a kernel's library has.
-SYMBOLS = ("seqparc_run", "seqparc_gap", "seqparc_width", "seqparc_tile")
+SYMBOLS = ("seqparc_run", "seqparc_gap", "seqparc_scan", "seqparc_width", "seqparc_tile")
 
 
 @dataclass(frozen=True)

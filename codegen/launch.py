@@ -16,7 +16,6 @@ from seqparc.codegen import openmp
 from seqparc.codegen.build import load
 from seqparc.codegen.c import CSource, emit
 from seqparc.ir import Program
-from seqparc.scan import doubling
 from seqparc.spans import LATELY, Spans
 
 #: A number as the kernel is given it, among addresses and sizes.
@@ -30,18 +29,18 @@ class CKernel:
     """
 
     chunk_per_warmup = 4
-    scan = staticmethod(doubling)
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype
         self.compiled: CSource = emit(program, dtype is torch.float64)
         library = load(self.compiled.text, self.compiled.parts)
         openmp.runs_on(library)
-        self._run, self._gap = library.seqparc_run, library.seqparc_gap
+        self._run, self._gap, self._scan = library.seqparc_run, library.seqparc_gap, library.seqparc_scan
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes, self._run.restype = [pointer], None
         sizes: list[Any] = [number, number, ctypes.c_double, ctypes.c_double]
         self._gap.argtypes, self._gap.restype = [pointer, pointer, pointer, *sizes, pointer], ctypes.c_double
+        self._scan.argtypes, self._scan.restype = [pointer, pointer, number, number, number, number], None
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
         self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
@@ -105,6 +104,13 @@ class CKernel:
         packed = array("q", args)
         self._run(packed.buffer_info()[0])
         return end
+
+    def scan(self, a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
+        """See `seqparc.runtime.driver.Kernel`."""
+        a, d = a.contiguous(), r.clone(memory_format=torch.contiguous_format)
+        count, n = r.shape[0], r.shape[-1]
+        self._scan(a.data_ptr(), d.data_ptr(), count, d[0].numel() // n, n, largest)
+        return d
 
     def gap(self, start: Tensor, end: Tensor, sizes: Tensor, atol: float, rtol: float) -> tuple[float, Tensor]:
         """See `seqparc.runtime.driver.Kernel`."""

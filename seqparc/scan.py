@@ -9,7 +9,8 @@ from torch import Tensor
 def doubling(a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
     """d_0 = r_0, d_c = r_c + a_{c-1} d_{c-1}, in log2(count) rounds; a [count - 1, ..., n, n], r [count, ..., n].
 
-    largest: the larger of the two, not their sum.
+    largest: of numbers that are not negative, the larger of the two, not their sum; if n > 1 no more than that, for what meets in a sum
+    comes from one chunk.
     """
     both = torch.fmax if largest else torch.add
     count = r.shape[0]

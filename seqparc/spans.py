@@ -39,11 +39,6 @@ class Spans:
         """Steps of the longest chunk."""
         return int(self.length.max())
 
-    @functools.cached_property
-    def every(self) -> np.ndarray:
-        """The numbers of all chunks."""
-        return np.arange(len(self))
-
     def on(self, device: torch.device) -> torch.Tensor:
         """The three as rows of one tensor on a device, zeros for no lead."""
         if device not in self._copies:
@@ -55,9 +50,15 @@ class Spans:
                 self._copies[device] = torch.from_numpy(rows).to(device)
         return self._copies[device]
 
-    def pick(self, which: np.ndarray) -> Spans:
+    def pick(self, which: torch.Tensor) -> Spans:
         """Some of the chunks, with nothing before them."""
-        return Spans(self.t0[which], self.length[which])
+        at = which.numpy()
+        return Spans(self.t0[at], self.length[at])
+
+    @functools.cached_property
+    def apart(self) -> Spans:
+        """The chunks with nothing before them."""
+        return Spans(self.t0, self.length)
 
     @functools.cached_property
     def before(self) -> Spans:

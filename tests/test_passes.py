@@ -305,13 +305,21 @@ def test_chunks_cover_time(steps: int, chunks: int) -> None:
     assert length.max() - length.min() <= 1 and length[-1] == length.max()  # no chunk reads past the end
 
 
+@pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
-def test_scan_is_the_loop(count: int) -> None:
-    a, r = torch.randn(count - 1, 2, 3, 4, 4, dtype=torch.float64) * 0.5, torch.randn(count, 2, 3, 4, dtype=torch.float64)
-    rows = [r[0]]
-    for c in range(1, count):
-        rows.append(r[c] + (a[c - 1] @ rows[-1].unsqueeze(-1)).squeeze(-1))
-    torch.testing.assert_close(doubling(a, r), torch.stack(rows))
+def test_scan_is_the_loop(count: int, n: int) -> None:
+    a, r = torch.randn(count - 1, 2, 3, n, n, dtype=torch.float64) * 0.5, torch.randn(count, 2, 3, n, dtype=torch.float64)
+    scan = CKernel(plan("minGRU").program, torch.float64).scan
+    for largest, both in ((False, torch.add), (True, torch.fmax)):
+        a, r = (a.abs(), r.abs()) if largest else (a, r)
+        rows = [r[0]]
+        for c in range(1, count):
+            rows.append(both(r[c], (a[c - 1] @ rows[-1].unsqueeze(-1)).squeeze(-1)))
+        torch.testing.assert_close(scan(a, r, largest), torch.stack(rows))
+        if n == 1 or not largest:
+            torch.testing.assert_close(doubling(a, r, largest), torch.stack(rows))
+        else:  # a product of sums of the larger is at least the larger of the products
+            assert (doubling(a, r, largest) <= torch.stack(rows) + 1e-9).all()
 
 
 @pytest.mark.parametrize("backend", ["c", "torch"])

@@ -147,21 +147,13 @@ class Outcome:
 def solve(p: Problem, cut: Cut) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""
     spans, chunks = cut.spans, len(cut.spans)
-    shape = chunks, *p.start.shape
     params, streams = p.kernel.prepare(p.params, p.streams)
     sums = sums_of(p, chunks)
 
-    def sweep(which: np.ndarray, start: Tensor, reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run some chunks, outputs and all: their end states, and how large the state was lately. `reached`: warm up first."""
-        some = len(which) != chunks
-        part = [z.new_empty(len(which), *z.shape[1:]) for z in sums] if some else sums
-        picked = spans if reached is not None or (spans.lead is None and not some) else spans.pick(which)
-        sizes = p.start.new_empty(shape if not some else (len(which), *shape[1:]))
-        end = p.kernel.sweep(picked, start, streams, params, p.emits, part, p.backwards, reached, sizes, outcome.fade)
-        if some:
-            at = torch.from_numpy(which).to(start.device)
-            for z, new in zip(sums, part, strict=True):
-                z[at] = new
+    def sweep(which: Spans, start: Tensor, sums: list[Tensor], reached: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run chunks, outputs and all: their end states, and how large the state was lately. `reached`: warm up first."""
+        sizes = p.start.new_empty(len(which), *p.start.shape)
+        end = p.kernel.sweep(which, start, streams, params, p.emits, sums, p.backwards, reached, sizes, outcome.fade)
         return end, sizes
 
     def cost(some: int, update: str) -> float:
@@ -169,16 +161,17 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         tangents = {"none": -1, "diagonal": 1, "exact": p.group}[update]
         return spans.longest * max(1.0, some / cut.fill) * (tangents + 2)
 
-    active, outcome = spans.every, Outcome(p.start, sums, fade=cut.fade)
+    outcome = Outcome(p.start, sums, fade=cut.fade)
+    active: Tensor | None = None  # the chunks to run, None for all
     if chunks == 1:
         outcome.end = _alone(p, params, streams, 0, p.start, sums)
         return outcome
 
-    start = p.start.new_empty(shape)
+    start = p.start.new_empty(chunks, *p.start.shape)
     if spans.lead is None:
         start.copy_(p.start)
     updates = list(cut.updates)
-    newton = _newton(p, chunks, updates.pop(0))
+    newton = _newton(p, updates.pop(0))
     since = 0  # passes before this update
     warm = spans.lead is not None
     if warm and newton is not None:  # whose Jacobians begin where the warm-up ends
@@ -194,36 +187,39 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         near = near or (len(gaps) > 1 and gaps[-1] <= rounding and gaps[-1] * FAST > gaps[-2])
         correct = None if near else newton
         if correct is not None:
-            correct.run(cut, active, start[active])
-        if len(active) == chunks:
-            (end, sizes), warm = sweep(active, p.start, start) if warm else sweep(active, start), False
+            correct.run(cut, active, start)
+        if active is None:
+            (end, sizes), warm = sweep(spans, p.start, sums, start) if warm else sweep(spans.apart, start, sums), False
         else:
-            end[active], sizes[active] = sweep(active, start[active])
+            at = active.to(start.device)
+            part = [z.new_empty(len(at), *z.shape[1:]) for z in sums]
+            for whole, new in zip((end, sizes, *sums), (*sweep(spans.pick(active), start.index_select(0, at), part), *part), strict=True):
+                whole.index_copy_(0, at, new)
         scale, rtol = (sizes, cut.rtol) if newton is None else (newton.remembered(sizes), cut.rtol * cut.slack)
         largest, worst = p.kernel.gap(start, end, scale, cut.atol, rtol)
         outcome.gaps.append(largest * (rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
-        outcome.cost += cost(len(active), "none" if correct is None else correct.kind)
+        outcome.cost += cost(chunks if active is None else len(active), "none" if correct is None else correct.kind)
         outcome.update = newton.kind if newton is not None else "none"
         # How fast the slowest numbers forget shows as long as there is more than rounding in the gap.
         if correct is None and len(gaps) - since > 1 and gaps[-2] > max(rounding, gaps[-1]) and (gaps[-1] > rounding or not measured):
             outcome.fade, measured = max(LATELY, (gaps[-1] / gaps[-2]) ** (1 / spans.longest)), True
         if not largest > 1 or _is_rounding(p.kernel, cut, outcome, start, end, sizes):
             break
-        moved = np.flatnonzero(worst.numpy() > 1)
+        moved = torch.nonzero(worst > 1).view(-1)
         first_moved = int(moved[0])
         target = end
         if correct is not None:
             target = correct.update(start, end)
             again = p.kernel.gap(start, target, scale, cut.atol, rtol)[1]
-            moved = np.flatnonzero(torch.fmax(again, worst).numpy() > 1)
-        start[1:][moved] = target[moved]
+            moved = torch.nonzero(torch.fmax(again, worst) > 1).view(-1)
         active = moved + 1
+        start.index_copy_(0, active.to(start.device), target.index_select(0, moved.to(start.device)))
         left = p.steps - int(spans.t0[first_moved + 1])
         why = _give_up(p, cut, outcome, since, left, cost(len(active), "none" if correct is None else correct.kind))
         affordable = bool(updates) and (cut.patient or outcome.cost + TRIED * cost(chunks, updates[0]) <= TRIAL * p.steps)
         if why is not None and affordable and not cut.spent(outcome.passes):  # before giving up: what forgets less
-            newton, why, active = _newton(p, chunks, updates.pop(0)), None, spans.every
+            newton, why, active = _newton(p, updates.pop(0)), None, None
             since = outcome.passes
         if why is not None:
             outcome.converged, outcome.fallback = False, why
@@ -304,33 +300,37 @@ def _is_rounding(kernel: Kernel, cut: Cut, outcome: Outcome, start: Tensor, end:
     return not kernel.gap(start, end, sizes, cut.rtol * cut.slack, 0.0)[0] > 1
 
 
-def _newton(p: Problem, chunks: int, update: str) -> _Newton | None:
-    return None if update == "none" or p.correction is None else _Newton(p, chunks, update)
+def _newton(p: Problem, update: str) -> _Newton | None:
+    return None if update == "none" or p.correction is None else _Newton(p, update)
 
 
 class _Newton:
     """Chunk Jacobians and the update S'_{c+1} = E_c + A_c (S'_c - S_c); with "diagonal", every number is a group of its own."""
 
-    def __init__(self, p: Problem, chunks: int, update: str) -> None:
+    def __init__(self, p: Problem, update: str) -> None:
         assert p.correction is not None
-        self.p, self.kind, self.known = p, update, False
+        self.p, self.kind = p, update
         self.kernel, place = p.correction(update)
         self.groups, self.n = place.shape
         self.place = torch.from_numpy(place.astype(np.int64)).to(p.start.device)
         self.params, self.streams = self.kernel.prepare(p.params, p.streams)
-        self.a = p.start.new_zeros(chunks, p.start.shape[0], self.groups, self.n, self.n)
+        self.a = NOTHING  # until the first run, which is of all chunks
         self.eye = torch.eye(self.n, dtype=p.start.dtype, device=p.start.device).expand(self.groups, self.n, self.n).reshape(-1)
 
-    def run(self, cut: Cut, active: np.ndarray, start: Tensor) -> None:
-        """Jacobians of some chunks from their start states."""
+    def run(self, cut: Cut, active: Tensor | None, start: Tensor) -> None:
+        """Jacobians of some chunks, or of all, from their start states."""
+        spans, at = (cut.spans.apart, None) if active is None else (cut.spans.pick(active), active.to(start.device))
+        start = start if at is None else start.index_select(0, at)
         wide = torch.cat((start, self.eye.expand(*start.shape[:2], -1)), -1)
         nothing = [None] * len(self.p.emits)
         end = self.kernel.sweep(
-            cut.spans.pick(active), wide, self.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
+            spans, wide, self.streams, self.params, nothing, [None] * len(self.p.sum_sizes), self.p.backwards
         )
         a = end[..., start.shape[-1] :].reshape(*start.shape[:2], self.groups, self.n, self.n)
-        self.a[torch.from_numpy(active).to(start.device)] = a
-        self.known = True
+        if at is None:
+            self.a = a
+        else:
+            self.a.index_copy_(0, at, a)
 
     def update(self, start: Tensor, end: Tensor) -> Tensor:
         """End states corrected for the moves of the start states; where the correction overflows, as they are."""
@@ -346,7 +346,7 @@ class _Newton:
 
         Never more than it ever was: an unstable cell's Jacobians would excuse anything.
         """
-        if not self.known:
+        if self.a is NOTHING:
             return sizes
         far = sizes.clone()
         far[..., self.place] = self.kernel.scan(self.a[1:].abs(), sizes[..., self.place], True)

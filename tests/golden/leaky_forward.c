@@ -191,6 +191,20 @@ double seqparc_gap(const real* start, const real* end, const real* sizes, int64_
   return largest;
 }
 
+// How far the chunks' start states are to move: d_c is r_c at first and becomes r_c + a_{c-1} d_{c-1}, or the larger of the two,
+// for each of a chunk's groups of n numbers.
+void seqparc_scan(const real* restrict a, real* restrict d, int64_t chunks, int64_t groups, int64_t n, int64_t larger) {
+  for (int64_t c = 1; c < chunks; c++) {
+    for (int64_t i = c * groups * n; i < (c + 1) * groups * n; i++) {
+      const real* const row = a + (i - groups * n) * n;
+      const real* const before = d + (i / n - groups) * n;
+      real sum = 0;
+      for (int64_t j = 0; j < n; j++) sum += row[j] * before[j];
+      d[i] = !larger ? d[i] + sum : sum > d[i] || d[i] != d[i] ? sum : d[i];
+    }
+  }
+}
+
 // Vectors of lanes in hardware, and vectors per tile.
 int seqparc_width(void) { return W; }
 int seqparc_tile(void) { return U_MOST; }
