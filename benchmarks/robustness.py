@@ -36,8 +36,10 @@ from seqparc.tree import flatten  # noqa: E402
 MOST = 1.3
 #: An error is the plain loop's own up to this factor, or this many units in the last place of the largest number.
 FACTOR, UNITS = 4.0, 16
-#: Calls before those that are timed.
+#: Calls that are timed together, and as many again before those that are timed one by one.
 SETTLING = 12
+#: Modules whose first call is timed.
+FRESH = 5
 
 
 #: Columns that are words.
@@ -45,12 +47,12 @@ TEXTS = ("dynamics", "first run", "settled run", "newton")
 
 PAGE = f"""
 Times are multiples of strategy="sequential" on the same call, forward alone and with all gradients: of the first call of a shape, compiling
-taken out, and of later ones. A run is passes × chunks and the update, * where the sequential kernel finished it. The gap is that of the
-settled run. Errors are the largest against float64, relative to the largest number, beside the plain loop's own. newton: chunks of one
-step, as DEER has it, forward, with its time for both directions.
+taken out, against the other's first; of the first {SETTLING} calls together; and of later ones. A run is passes × chunks and the update,
+* where the sequential kernel finished it. The gap is that of the settled run. Errors are the largest against float64, relative to the
+largest number, beside the plain loop's own. newton: chunks of one step, as DEER has it, forward, with its time for both directions.
 
-Promised: a settled call takes at most {MOST} times what the sequential kernel does; errors are at most {FACTOR:g} times the plain loop's,
-or {UNITS} units in the last place of the largest number; NaN and infinity stand where the loop has them.
+Promised: the first calls together, and a settled one, take at most {MOST} times what the sequential kernel does; errors are at most
+{FACTOR:g} times the plain loop's, or {UNITS} units in the last place of the largest number; NaN and infinity stand where the loop has them.
 """
 
 
@@ -97,28 +99,50 @@ def apart(y: Tensor, right: Tensor) -> float:
     return float(((y - right)[there].abs().max() / scale.clamp_min(1e-300)) if there.any() else 0.0)
 
 
-def look(d: Dynamics, repeats: int, shorter: int) -> dict[str, Any]:
-    """One row."""
-    plain, auto, newton = Subject(d, strategy="sequential"), Subject(d), Subject(d, strategy="newton")
-    steps = plain.x.shape[1]
-    row: dict[str, Any] = {"dynamics": d.name, "shape": list(plain.x.shape)}
-    for s in (plain, auto, newton):  # kernels are made for shorter sequences, of which nothing is learnt for these
+def made(d: Dynamics, shorter: int) -> tuple[Subject, Subject]:
+    """One that runs sequentially and one that chooses, with kernels made for shorter sequences, of which nothing is learnt for these."""
+    subjects = Subject(d, strategy="sequential"), Subject(d)
+    for s in subjects:
         for _ in range(3):
-            s.call(True, steps // shorter)
-    for both in (False, True):
-        what = "fwd+bwd" if both else "fwd"
+            s.call(True, s.x.shape[1] // shorter)
+    return subjects
+
+
+def compare(d: Dynamics, both: bool, repeats: int, shorter: int, fresh: int) -> tuple[dict[str, Any], Subject, Subject]:
+    """Forward alone or with gradients: the first call, each time of new modules, the first ones together, and those that come then."""
+    firsts = []
+    for k in range(fresh):
+        plain, auto = made(d, shorter)
         before = auto.rnn.stats.compile_seconds
-        first, now = auto.call(both), auto.told()
+        other, mine = plain.call(both) if k % 2 else 0.0, auto.call(both)
         making = auto.rnn.stats.compile_seconds - before  # of the kernels of an update that shorter runs did not need
-        for _ in range(SETTLING):
-            plain.call(both), auto.call(both)
-        times = [(plain.call(both), auto.call(both)) for _ in range(repeats)]
-        sequential, mine = (statistics.median(column) for column in zip(*times, strict=True))
-        row[what] = {
-            "sequential_ms": 1000 * sequential, "first": (first - making) / sequential, "making_s": making, "settled": mine / sequential,
-            "at_first": now, "then": auto.told(),
-        }  # fmt: skip
-    row["newton"] = {"times": newton.call(True) / sequential, **newton.told()["forward"]}
+        firsts.append((mine - making, other or plain.call(both)))
+    now = auto.told()
+    early = [firsts[-1]]
+    for _ in range(SETTLING - 1):
+        before = auto.rnn.stats.compile_seconds
+        mine = auto.call(both)
+        early.append((mine - (auto.rnn.stats.compile_seconds - before), plain.call(both)))
+    for _ in range(SETTLING):
+        plain.call(both), auto.call(both)
+    times = [(plain.call(both), auto.call(both)) for _ in range(repeats)]
+    sequential, settled = (statistics.median(column) for column in zip(*times, strict=True))
+    total, without = (sum(column) for column in zip(*early, strict=True))
+    return {
+        "sequential_ms": 1000 * sequential, "first": statistics.median(a / b for a, b in firsts), "together": total / without,
+        "settled": settled / sequential, "at_first": now, "then": auto.told(),
+    }, plain, auto  # fmt: skip
+
+
+def look(d: Dynamics, repeats: int, shorter: int, fresh: int) -> dict[str, Any]:
+    """One row."""
+    row: dict[str, Any] = {"dynamics": d.name}
+    for both, what in ((False, "fwd"), (True, "fwd+bwd")):
+        row[what], plain, auto = compare(d, both, repeats, shorter, fresh)
+    row["shape"] = list(plain.x.shape)
+    newton = Subject(d, strategy="newton")
+    newton.call(True)
+    row["newton"] = {"times": 1000 * newton.call(True) / row["fwd+bwd"]["sequential_ms"], **newton.told()["forward"]}
     x = plain.x
     loop = outputs(plain.rnn.sequential, x)
     start = None if d.state is None else tree_map(Tensor.double, d.state)
@@ -133,8 +157,9 @@ def look(d: Dynamics, repeats: int, shorter: int) -> dict[str, Any]:
 def verdicts(row: dict[str, Any]) -> list[str]:
     """What a row promises and does not keep."""
     found = [
-        f"{what}: {row[what]['settled']:.2f} × sequential" for what in ("fwd", "fwd+bwd") if row[what]["settled"] > MOST
-    ]
+        f"{what}, {when}: {row[what][when]:.2f} × sequential"
+        for what in ("fwd", "fwd+bwd") for when in ("together", "settled") if row[what][when] > MOST
+    ]  # fmt: skip
     e = row["errors"]
     if not e["seqparc"] <= max(FACTOR * e["loop"], UNITS * torch.finfo(torch.float32).eps):
         found.append(f"error {e['seqparc']:.1e}, the loop's {e['loop']:.1e}")
@@ -147,8 +172,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "shape": lambda r: "×".join(map(str, r["shape"])),
     "seq. ms": lambda r: f"{r['fwd']['sequential_ms']:.2f}",
     "first": lambda r: f"{r['fwd']['first']:.2f}",
+    f"first {SETTLING}": lambda r: f"{r['fwd']['together']:.2f}",
     "settled": lambda r: f"{r['fwd']['settled']:.2f}",
     "+bwd first": lambda r: f"{r['fwd+bwd']['first']:.2f}",
+    f"+bwd first {SETTLING}": lambda r: f"{r['fwd+bwd']['together']:.2f}",
     "+bwd settled": lambda r: f"{r['fwd+bwd']['settled']:.2f}",
     "first run": lambda r: _run(r["fwd"]["at_first"]["forward"]),
     "settled run": lambda r: _run(r["fwd"]["then"]["forward"]),
@@ -203,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = progress.add_task("", total=len(chosen))
         for d in chosen:
             progress.update(task, description=d.name, refresh=True)
-            rows.append(look(d, args.repeats, 2 if args.quick else 4))
+            rows.append(look(d, args.repeats, 2 if args.quick else 4, 1 if args.quick else FRESH))
             progress.advance(task)
     console.print(table(rows))
     console.print(PAGE.strip())

@@ -22,6 +22,15 @@ def seeded() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test says of passes and chunks may not depend on how busy the machine is; tests that are about the clock are marked."""
+    if "clocked" not in request.keywords:
+        from seqparc.runtime.engine import Engine
+
+        monkeypatch.setattr(Engine, "by_the_clock", False)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels compiled without optimisation, in half the time: where a test is about what is computed, and others are about how."""

@@ -92,8 +92,11 @@ def test_hard_dynamics_run(tmp_path: Path) -> None:
 
 def test_what_hard_dynamics_must_keep_is_judged() -> None:
     row: dict[str, Any] = {
-        "fwd": {"settled": 1.0}, "fwd+bwd": {"settled": 1.2}, "errors": {"seqparc": 1e-6, "loop": 1e-6}, "nan_alike": True,
+        "fwd": {"settled": 1.0, "together": 1.1}, "fwd+bwd": {"settled": 1.2, "together": 1.2},
+        "errors": {"seqparc": 1e-6, "loop": 1e-6}, "nan_alike": True,
     }  # fmt: skip
     assert robustness.verdicts(row) == []
     row["fwd"]["settled"], row["errors"]["seqparc"], row["nan_alike"] = 1.4, float("inf"), False
-    assert [v.split()[0] for v in robustness.verdicts(row)] == ["fwd:", "error", "NaN"]
+    row["fwd+bwd"]["together"] = 1.5
+    found = [v.split()[:2] for v in robustness.verdicts(row)]
+    assert found == [["fwd,", "settled:"], ["fwd+bwd,", "together:"], ["error", "inf,"], ["NaN", "or"]]

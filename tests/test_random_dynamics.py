@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import seqparc
 
+pytestmark = pytest.mark.clocked
+
 #: Rounding units by which a state may miss what follows from the one before: what a jump between chunks may be, when it counts as none.
 UNITS = 64
 #: Gradients: times the error that the sequential kernel's have, which counts as at least this many units.

@@ -10,6 +10,7 @@ so the sequential kernel can finish from there at any time, and does when the pa
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from seqparc.errors import ConvergenceError
+from seqparc.runtime.budget import TRIAL, Budget, Tally
 from seqparc.spans import LATELY, Spans, span
 
 #: Times the tolerance at which a gap counts as near: Newton's last step took it there, and the next would only stir the rounding.
@@ -31,9 +33,10 @@ LESS = 2
 SURE = 3
 #: Steps of the sequential kernel at one go.
 PIECE = 1 << 16
-#: Until there is one, passes after the second may cost this part of what the sequential kernel does, and another update is tried if two
-#: of its passes may.
-TRIAL, TRIED = 0.25, 2
+#: The first run of a shape begins with this part of its steps, if it is to be known how long they take.
+FIRST = 32
+#: Until there is one, passes may cost what the budget says, and another update is tried if so many of its passes may.
+TRIED = 2
 
 
 class Kernel(Protocol):
@@ -98,6 +101,16 @@ class Cut:
 
 
 @dataclass
+class Head:
+    """The first steps of a run, done for good: how many, the seconds they took, the state after them, and their sums."""
+
+    steps: int
+    seconds: float
+    state: Tensor
+    sums: list[Tensor]
+
+
+@dataclass
 class Problem:
     """One recurrence: a kernel, its inputs and where its outputs go."""
 
@@ -112,6 +125,7 @@ class Problem:
     group: int = 1  # state numbers of a lane, which meet
     #: update -> the kernel of the program that carries A as well, and [groups, n], where the numbers that A mixes lie in the flat state
     correction: Callable[[str], tuple[Kernel, np.ndarray]] | None = None
+    head: Head | None = None  # what the sequential kernel has done of it
 
 
 NOTHING = torch.empty(0)
@@ -127,7 +141,9 @@ class Outcome:
     fallback: str | None = None
     update: str = "none"
     fade: float = LATELY  # what is left of an earlier state after a step, at most
-    cost: float = 0.0  # of all passes, in steps of the sequential kernel
+    cost: float = 0.0  # of all passes, in steps of the sequential kernel: timed where its pace is known, else counted
+    waste: float = 0.0  # what the run has cost beyond what the sequential kernel would have, in its steps
+    cut_short: bool = False  # given up for what it cost by the clock, which by counted steps would have been little
 
     @property
     def gap(self) -> float:
@@ -144,8 +160,12 @@ class Outcome:
         return end, sums
 
 
-def solve(p: Problem, cut: Cut) -> Outcome:
-    """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel."""
+def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
+    """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel.
+
+    budget: what passes may cost; a fifth of the steps if none is given.
+    """
+    tally = Tally(budget or Budget(TRIAL * p.steps))
     spans, chunks = cut.spans, len(cut.spans)
     params, streams = p.kernel.prepare(p.params, p.streams)
     sums = sums_of(p, chunks)
@@ -164,7 +184,10 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     outcome = Outcome(p.start, sums, fade=cut.fade)
     active: Tensor | None = None  # the chunks to run, None for all
     if chunks == 1:
-        outcome.end = _alone(p, params, streams, 0, p.start, sums)
+        head = p.head or Head(0, 0.0, p.start, [])
+        outcome.end = _alone(p, params, streams, head.steps, head.state, sums)
+        for z, before in zip(sums, head.sums, strict=False):
+            z += before
         return outcome
 
     start = p.start.new_empty(chunks, *p.start.shape)
@@ -183,7 +206,7 @@ def solve(p: Problem, cut: Cut) -> Outcome:
     rounding = NEAR * (cut.rtol or cut.atol)  # a gap in which there is little else
     while True:
         # Where close by the gap no longer falls fast, what is left is rounding, which Jacobians do not mend and plain passes do.
-        gaps = outcome.gaps
+        gaps, begin = outcome.gaps, time.perf_counter()
         near = near or (len(gaps) > 1 and gaps[-1] <= rounding and gaps[-1] * FAST > gaps[-2])
         correct = None if near else newton
         if correct is not None:
@@ -199,7 +222,8 @@ def solve(p: Problem, cut: Cut) -> Outcome:
         largest, worst = p.kernel.gap(start, end, scale, cut.atol, rtol)
         outcome.gaps.append(largest * (rtol or cut.atol))
         outcome.passes = len(outcome.gaps)
-        outcome.cost += cost(chunks if active is None else len(active), "none" if correct is None else correct.kind)
+        kind = "none" if correct is None else correct.kind
+        tally.add(cost(chunks if active is None else len(active), kind), time.perf_counter() - begin)
         outcome.update = newton.kind if newton is not None else "none"
         # How fast the slowest numbers forget shows as long as there is more than rounding in the gap.
         if correct is None and len(gaps) - since > 1 and gaps[-2] > max(rounding, gaps[-1]) and (gaps[-1] > rounding or not measured):
@@ -215,14 +239,18 @@ def solve(p: Problem, cut: Cut) -> Outcome:
             moved = torch.nonzero(torch.fmax(again, worst) > 1).view(-1)
         active = moved + 1
         start.index_copy_(0, active.to(start.device), target.index_select(0, moved.to(start.device)))
-        left = p.steps - int(spans.t0[first_moved + 1])
-        why = _give_up(p, cut, outcome, since, left, cost(len(active), "none" if correct is None else correct.kind))
-        affordable = bool(updates) and (cut.patient or outcome.cost + TRIED * cost(chunks, updates[0]) <= TRIAL * p.steps)
-        if why is not None and affordable and not cut.spent(outcome.passes):  # before giving up: what forgets less
-            newton, why, active = _newton(p, updates.pop(0)), None, None
-            since = outcome.passes
+        tally.exact = int(spans.t0[first_moved + 1])
+        following = cost(len(active), kind)
+        why, dear = _give_up(p, cut, outcome, since, tally, following)
+        if why is not None and updates and not cut.spent(outcome.passes):  # before giving up: what forgets less
+            following, dear = TRIED * cost(chunks, updates[0]), not cut.patient
+            if cut.patient or tally.affords(following):
+                newton, why, active = _newton(p, updates.pop(0)), None, None
+                since = outcome.passes
         if why is not None:
             outcome.converged, outcome.fallback = False, why
+            outcome.cut_short = dear and tally.by_the_clock(following, TRIAL * p.steps)
+            outcome.cost, outcome.waste = tally.cost, tally.cost - tally.exact
             if cut.on_divergence == "raise":
                 raise ConvergenceError(
                     f"the chunk start states still move by {outcome.gap:.3g} after {outcome.passes} passes ({why}). "
@@ -232,7 +260,17 @@ def solve(p: Problem, cut: Cut) -> Outcome:
                 )
             return _finish(p, cut, params, streams, outcome, first_moved + 1, end[first_moved])
     outcome.end = end.select(0, -1)
+    outcome.cost, outcome.waste = tally.cost, tally.cost - p.steps
     return outcome
+
+
+def begin(p: Problem) -> Head:
+    """Run the first steps of a run sequentially."""
+    params, streams = p.kernel.prepare(p.params, p.streams)
+    sums, steps = sums_of(p, 1), max(1, p.steps // FIRST)
+    before = time.perf_counter()
+    state = p.kernel.sweep(span(0, steps), p.start[None], streams, params, p.emits, sums, p.backwards)[0]
+    return Head(steps, time.perf_counter() - before, state, sums)
 
 
 def sums_of(p: Problem, chunks: int) -> list[Tensor]:
@@ -262,14 +300,16 @@ def _alone(p: Problem, params: Sequence[Tensor], streams: Sequence[Tensor], t0: 
     return state
 
 
-def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, left: int, cost: float) -> str | None:
-    """Why the sequential kernel should do the steps that are left, or None while passes of this cost are expected to pay."""
+def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, tally: Tally, steps: float) -> tuple[str | None, bool]:
+    """Why the sequential kernel should do the steps that are left, or None while passes that count so many steps are expected to pay;
+    and whether it is for their cost alone.
+    """
     if cut.spent(outcome.passes):
-        return f"max_passes={cut.max_passes} reached"
-    gaps = outcome.gaps[since:]
+        return f"max_passes={cut.max_passes} reached", False
+    gaps, left = outcome.gaps[since:], p.steps - tally.exact
     stays = f"the gap does not fall ({gaps[-1]:.3g} after {len(outcome.gaps)} passes)"
     if cut.patient:
-        return stays if len(gaps) >= 4 and not min(gaps[-3:]) < gaps[-4] else None  # also when it is not a number
+        return (stays if len(gaps) >= 4 and not min(gaps[-3:]) < gaps[-4] else None), False  # also when it is not a number
     ratio = 1.0
     if len(gaps) >= 2 and gaps[-2] > 0:
         ratio = gaps[-1] / gaps[-2]
@@ -281,13 +321,15 @@ def _give_up(p: Problem, cut: Cut, outcome: Outcome, since: int, left: int, cost
     elif len(gaps) >= 2:  # also when it is not a number
         remaining = math.inf if len(gaps) >= 3 else 2
     if math.isinf(remaining):
-        return stays
+        return stays, False
     remaining = min(remaining, left / cut.spans.longest)  # each pass settles one more chunk, whatever else it does
-    if remaining * cost > left:
-        return f"{remaining:.0f} more passes expected, of about {cost:.0f} steps each, where {left} steps remain"
-    if len(gaps) >= 2 and not ratio * SURE < 1 and outcome.cost + cost > TRIAL * p.steps:
-        return f"the gap hardly falls ({gaps[-1]:.3g} after {len(outcome.gaps)} passes), and another pass would cost {cost:.0f} steps"
-    return None
+    if remaining * steps > left:
+        return f"{remaining:.0f} more passes expected, of about {steps:.0f} steps each, where {left} steps remain", False
+    judged = len(gaps) >= 2 or (tally.budget.pace is not None and cut.spans.lead is not None)
+    if judged and not ratio * SURE < 1 and not tally.affords(steps):
+        cost = f"another pass would cost {tally.rate * steps:.0f} steps"
+        return f"the gap hardly falls ({gaps[-1]:.3g} after {len(outcome.gaps)} passes), and {cost}", True
+    return None, False
 
 
 def _is_rounding(kernel: Kernel, cut: Cut, outcome: Outcome, start: Tensor, end: Tensor, sizes: Tensor) -> bool:

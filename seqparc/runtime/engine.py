@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +21,10 @@ from seqparc.locks import Lock
 from seqparc.options import Options
 from seqparc.plan import Choice, History, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
-from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, solve
+from seqparc.runtime.budget import Account
+from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, begin, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
-from seqparc.runtime.making import Begun
+from seqparc.runtime.making import Begun, uncollected
 from seqparc.runtime.opaque import OpaqueKernel
 from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
@@ -55,18 +54,6 @@ def engines() -> list[Engine]:
     """All that are there."""
     with _listing():
         return list(_engines)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: compiling makes many objects that stay, and each round looks through all of torch's (0.1 s)."""
-    was = gc.isenabled()
-    try:
-        gc.disable()
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class Engine:
@@ -160,15 +147,15 @@ class Engine:
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape)
         known = known or Experience()
+        slower = known.slower or known.account.waits(steps)
         key = (
-            direction, batch, steps, best, watched, kernel.chunk_per_warmup,
-            known.warmup, known.passes, known.fade, known.floor, known.slower,
+            direction, batch, steps, best, watched, kernel.chunk_per_warmup, known.warmup, known.passes, known.fade, known.floor, slower,
         )  # fmt: skip
         decided = self._decided.get(key)
         if decided is None:
             choice: Choice = self.choose(
                 options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward",
-                warmup=known.warmup, passes=known.passes, per_warmup=kernel.chunk_per_warmup, slower=known.slower,
+                warmup=known.warmup, passes=known.passes, per_warmup=kernel.chunk_per_warmup, slower=slower,
             )  # fmt: skip
             if not watched:
                 choice = replace(choice, reasons=("a CUDA graph is being made, in which gaps cannot be waited for",))
@@ -217,6 +204,12 @@ class Engine:
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, key, start.device)
         p = Problem(kernel=kernel, start=start, steps=steps, correction=correction, group=self.plan.program.n, **problem)
+        if self.by_the_clock and name == "c" and len(cut.spans) > 1 and shape not in self.experience:
+            p.head = begin(p)
+            with self._learning():
+                opened = Account.opened(p.head.seconds, p.head.steps, cut)
+                self.experience.setdefault(shape, Experience(choice.warmup or None, account=opened))
+            choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         passes = self._unwatched(shape, cut) if hasattr(kernel, "alone") else 0
         if self.capturing() and not passes and len(cut.spans) > 1:
             choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps, watched=False)
@@ -242,6 +235,12 @@ class Engine:
         """Whether a CUDA graph is being made, in which nothing can be waited for."""
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
+    @functools.cached_property
+    def by_the_clock(self) -> bool:
+        """Whether what passes may cost is judged by the clock: where they are this library's choice, and may differ from run to run."""
+        asked = Options(backend=(o := self.options).backend, atol=o.atol, rtol=o.rtol, precision=o.precision, save=o.save, tune=o.tune)
+        return o == asked
+
     def _unwatched(self, shape: Shape, cut: Cut) -> int:
         """Passes to enqueue without waiting for them, 0 to wait."""
         if self.options.on_divergence != "sequential" or len(cut.spans) == 1 or cut.updates[0] != "none":
@@ -265,7 +264,8 @@ class Engine:
         """Run with the gap read after every pass, and learn from it."""
         options = self.options
         begin = time.perf_counter()
-        outcome = solve(p, cut)
+        known = self.experience.get(shape)
+        outcome = solve(p, cut, None if known is None else known.account.budget(p.steps))
         seconds = time.perf_counter() - begin
         with self._learning():
             if not options.deterministic and options.warmup is None:
@@ -311,11 +311,17 @@ class Engine:
         if choice.strategy == "sequential":
             if known is not None:
                 known.timed(seconds, outcome, p.steps)
-                if known.ran_alone():
+                waited = known.account.waits(p.steps)
+                known.account.settle(p.steps, outcome, seconds)
+                if not waited and known.ran_alone():
                     self.experience.pop(shape, None)
             return
         if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:
             return  # another thread's run has taught something since, and this one says nothing about that
+        if known is not None:
+            known.account.settle(p.steps, outcome, seconds)
+            if outcome.cut_short:
+                return  # of what it would have taken nothing is known
         several = choice.strategy == "shooting" and choice.updates != ("exact",) and (outcome.passes > 1 or not outcome.converged)
         clocked = self.options.strategy == "auto" and p.start.device.type == "cpu"  # elsewhere a run is only begun here
         if not several and not clocked:

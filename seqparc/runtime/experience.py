@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 
+from seqparc.runtime.budget import Account
 from seqparc.runtime.driver import Outcome
 from seqparc.spans import LATELY
 
@@ -47,6 +48,7 @@ class Experience:
     floor: float = 0.0
     calls: int = 0
     why: str | None = None  # the last run did not converge
+    account: Account = field(default_factory=Account)
     passing: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # seconds a step of the last runs in passes, once settled
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # and of sequential ones
 
@@ -77,7 +79,7 @@ class Experience:
 
     @property
     def slower(self) -> str | None:
-        """Why the next run is to be sequential: passes take longer, or it is not known whether they do."""
+        """Why the next run is to be sequential, though its steps are many: passes take longer, or it is not known whether they do."""
         if not self.passing:
             return None
         mine, other = min(self.passing), min(self.alone, default=0.0)

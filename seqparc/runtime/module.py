@@ -24,7 +24,8 @@ from seqparc.plan import Plan, Stats
 from seqparc.runtime import variant
 from seqparc.runtime.calls import Admit, Call, Known, about_call, check_state, check_x, mixed, numbered, paired, settled
 from seqparc.runtime.derived import Derived, Paired, Redrawn
-from seqparc.runtime.engine import Engine, uncollected
+from seqparc.runtime.engine import Engine
+from seqparc.runtime.making import uncollected
 from seqparc.runtime.own import TRANSFORMED, OwnGradientCall
 from seqparc.runtime.reference import loop
 from seqparc.runtime.run import run
