@@ -42,7 +42,7 @@ def test_a_trial_that_is_dear_is_saved_up_for() -> None:
     while account.waits(STEPS) is not None:
         account.settle(STEPS, alone(), STEPS * PASS / 500)
         waited += 1
-    assert waited == 2 and account.budget(STEPS).steps >= 600
+    assert waited == 3 and account.budget(STEPS).steps >= 600  # of a seventh of each and what this one may spend
     account.settle(STEPS, trial(700, converged=False), 0)
     assert account.saved < 0, "what has been spent is gone"
     for _ in range(1000):

@@ -44,7 +44,16 @@ X = torch.linspace(-1, 1, 16 * 200 * 4).reshape(16, 200, 4)
 
 @contextlib.contextmanager
 def interrupted(after: float) -> Iterator[None]:
-    """Ctrl-C after so many seconds, which must end what is inside."""
+    """Ctrl-C after so many seconds, which must end what is inside.
+
+    Python drops what is raised while it forgets an object, in a weak reference's callback; whoever sees that presses again.
+    """
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        assert dropped.exc_type is KeyboardInterrupt, dropped
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
     timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
     try:
@@ -55,6 +64,7 @@ def interrupted(after: float) -> Iterator[None]:
     finally:
         timer.join()
         signal.signal(signal.SIGINT, was)
+        sys.unraisablehook = hook
 
 
 def living(groups: Iterable[int]) -> list[str]:

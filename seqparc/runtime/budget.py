@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from seqparc.runtime.driver import Cut, Outcome
 
 #: The part of a run's steps that trials may cost.
-TRIAL = 0.2
+TRIAL = 0.15
 #: What is saved up is at most so many runs.
 SAVED = 8
 #: Seconds that a pass takes beside the steps it counts, and a first call of a kernel; about, on a slow processor.

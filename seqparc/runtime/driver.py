@@ -163,7 +163,7 @@ class Outcome:
 def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel.
 
-    budget: what passes may cost; a fifth of the steps if none is given.
+    budget: what passes may cost; a seventh of the steps if none is given.
     """
     tally = Tally(budget or Budget(TRIAL * p.steps))
     spans, chunks = cut.spans, len(cut.spans)
