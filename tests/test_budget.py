@@ -80,7 +80,7 @@ def test_a_whole_run_tells_the_pace_better_than_its_beginning() -> None:
 
 
 def test_steps_are_counted_by_the_clock_where_the_pace_is_known() -> None:
-    counted, timed = Tally(Budget(200)), Tally(Budget(200, Pace(2.0**-20), once=60))
+    counted, timed = Tally(Budget(200)), Tally(Budget(200, Pace(2.0**-20)))
     for tally in (counted, timed):
         tally.add(50, 100 * 2.0**-20)
     assert (counted.cost, counted.rate, timed.cost, timed.rate) == (50, 1, 100, 2)

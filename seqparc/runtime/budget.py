@@ -37,14 +37,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps that the trials of one run may cost; `pace` says what a step takes, None where steps are counted and not timed.
-
-    once: steps that a pass counts.
-    """
+    """Steps that the trials of one run may cost; `pace` says what a step takes, None where steps are counted and not timed."""
 
     steps: float
     pace: Pace | None = None
-    once: float = 0.0
 
 
 @dataclass
@@ -69,9 +65,8 @@ class Tally:
         return self.cost + self.rate * steps - self.exact <= self.budget.steps
 
     def by_the_clock(self, steps: float, most: float) -> bool:
-        """Whether it is for the fixed cost of passes alone that so many more are dear."""
-        pace = self.budget.pace
-        return pace is not None and pace.fixed > self.budget.once and self.counted + steps - self.exact <= most
+        """Whether it is by the clock alone that so many more are dear."""
+        return self.budget.pace is not None and self.counted + steps - self.exact <= most
 
 
 @dataclass
@@ -97,7 +92,7 @@ class Account:
 
     def budget(self, steps: int) -> Budget:
         """For a run of so many steps."""
-        return Budget(TRIAL * steps + max(0.0, self.saved) + self.spent, self.pace, self.once)
+        return Budget(TRIAL * steps + max(0.0, self.saved) + self.spent, self.pace)
 
     def waits(self, steps: int) -> str | None:
         """Why the next run is to be sequential: what a trial costs is not yet saved, or more than it can save."""
