@@ -19,6 +19,7 @@ from cases import Case
 from torch import Tensor
 
 import seqparc
+from seqparc.codegen.floor import Floor, floor
 from seqparc.runtime.reference import loop
 from seqparc.validate import Precise
 
@@ -134,7 +135,9 @@ def measure(case: Case, repeats: int, tick: Callable[[str], None]) -> list[dict[
             for s in systems:
                 if (turn == 0 or not s.once) and (what == "fwd" or s.backward):
                     s.take(what)
+    least = floors(systems[-1], case)
     for s, row in zip(systems, rows, strict=True):
+        row["floor"] = least
         for what, times in s.times.items():
             if times:
                 row[what] = {"median": statistics.median(times), "min": min(times), "max": max(times), "runs": len(times)}
@@ -145,6 +148,20 @@ def measure(case: Case, repeats: int, tick: Callable[[str], None]) -> list[dict[
                 if part is not None:
                     row[key] = {"chunks": part.chunks, "warmup": part.warmup, "passes": part.passes, "gap": part.gap}
     return rows
+
+
+def floors(s: Subject, case: Case) -> dict[str, Any]:
+    """The least milliseconds that the recurrence takes on this processor, forward and with gradients, and what takes most of them."""
+    engine = s.cell.engine()
+    plan, adjoint = engine.plan, engine.plan.adjoint()
+    weights = sum(o.columns.shape[0] * o.ix.shape[0] * o.ix.shape[1] for o in adjoint.outers)  # whose gradients are made outside the kernel
+    batch, steps, _ = case.shape
+    found = [
+        floor(program, plan.dtype, batch, steps, torch.get_num_threads(), products)
+        for program, products in ((plan.program, 0), (adjoint.program, weights))
+    ]
+    both = Floor(sum(f.seconds for f in found), found[1].unit)
+    return {what: {"ms": 1000 * f.seconds, "unit": f.unit} for what, f in (("fwd", found[0]), ("fwd+bwd", both))}
 
 
 _COMPILE = """

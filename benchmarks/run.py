@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 from cases import CASES, Case  # noqa: E402
 from measure import compile_times, machine, measure  # noqa: E402
+from page import page  # noqa: E402
 from shell import bar, parser  # noqa: E402
 
 #: Cells whose compile time is taken, and the most it may be (seconds).
@@ -30,14 +31,18 @@ COLD, WARM, FLAT = 4.0, 0.3, 0.2
 
 
 def speed_table(case: Case, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"{case.name}: batch, time, inputs = {case.shape}", title_justify="left")
-    for head in ("system", "fwd ms", "min–max", "fwd+bwd ms", "min–max", "largest error", "chunks", "passes", "compile s"):
+    units = {what: least["unit"] for what, least in rows[0]["floor"].items()}
+    least = f"the floor is {units['fwd']} forward, {units['fwd+bwd']} with gradients"
+    table = Table(title=f"{case.name}: batch, time, inputs = {case.shape}; {least}", title_justify="left")
+    heads = [head for what in ("fwd", "fwd+bwd") for head in (f"{what} ms", "min–max", "× floor")]
+    for head in ("system", *heads, "largest error", "chunks", "passes", "compile s"):
         table.add_column(head, justify="left" if head == "system" else "right")
     for r in rows:
         cells = [r["system"]]
         for what in ("fwd", "fwd+bwd"):
             t = r.get(what)
-            cells += [f"{t['median']:.3g}", f"{t['min']:.3g}–{t['max']:.3g}"] if t else ["", ""]
+            least = r["floor"][what]["ms"]
+            cells += [f"{t['median']:.3g}", f"{t['min']:.3g}–{t['max']:.3g}", f"{t['median'] / least:.1f}"] if t else ["", "", ""]
         f, b = r.get("forward"), r.get("backward")
         both = [f"{f[k]}" + (f" / {b[k]}" if b else "") for k in ("chunks", "passes")] if f else ["", ""]
         table.add_row(*cells, f"{r['largest_error']:.1e}", *both, f"{r['compile_s']:.2f}" if "compile_s" in r else "")
@@ -49,6 +54,9 @@ def judge(case: Case, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     by_name = {r["system"]: r for r in rows}
     ours = by_name["seqparc"]
     found = []
+    for what in ("fwd", "fwd+bwd"):
+        value = ours[what]["median"] / ours["floor"][what]["ms"]
+        found.append({"target": f"{case.name}: {what} over its floor", "bound": "at most 2", "measured": value, "met": value <= 2})
     for t in case.targets:
         name, _, other_what = t.other.partition(" fwd")
         other = by_name[name]["fwd" if other_what or t.other.endswith(" fwd") else t.what]["median"]
@@ -111,7 +119,9 @@ def draw(path: Path, results: Sequence[tuple[Case, list[dict[str, Any]]]]) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks; 0 when they ran, whatever they show."""
-    args = parser(__doc__, repeats=15).parse_args(argv)
+    shell = parser(__doc__, repeats=15)
+    shell.add_argument("--page", type=Path, help="write the tables as Markdown here too")
+    args = shell.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(width=150)
     about = machine()
@@ -159,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
     if results:
         draw(args.out / "speed.png", results)
+    if args.page:
+        args.page.write_text(page(about, results, compile_rows, verdicts))
     console.print(f"written to {args.out}")
     return 0
 

@@ -53,13 +53,13 @@ class Key:
         return h.hexdigest()
 
 
-def load(source: str, parts: tuple[int, ...] = (1,)) -> ctypes.CDLL:
-    """The compiled library of a source, from the cache if it is there. `parts` are compiled side by side.
+def load(source: str, parts: tuple[int, ...] = (1,), symbols: tuple[str, ...] = SYMBOLS) -> ctypes.CDLL:
+    """The compiled library of a source, from the cache if it is there. `parts` are compiled side by side; `symbols` it must have.
 
     Raises ToolchainError where there is no compiler, where it fails, and where what it made is no such library.
     """
     command, version = compiler()
-    key = Key(source, f"{shlex.join(command)} {version}", FLAGS, _machine()).digest()
+    key = Key(source, f"{shlex.join(command)} {version}", FLAGS, machine()).digest()
     try:
         path = _kept(key) or _made(key, command, source, parts)
     except OSError as error:
@@ -67,7 +67,7 @@ def load(source: str, parts: tuple[int, ...] = (1,)) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         try:
-            for name in SYMBOLS:
+            for name in symbols:
                 getattr(library, name)
         except AttributeError:
             _ctypes.dlclose(library._handle)  # else it would be what is found under this path
@@ -192,7 +192,7 @@ def compiler() -> tuple[Command, str]:
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """The processor as -march=native sees it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")

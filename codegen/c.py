@@ -53,7 +53,7 @@ class _Printer:
     packed: list[Packed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plan: Schedule = schedule(self.program, scattered=True)
+        self.plan: Schedule = schedule(self.program, by_element=True)
         self.scalar = all(v.size == 1 for v in ir.topological(self.program.outputs))
         self.groups: dict[tuple[str, int, object], int] = {}  # offset arrays: (kind, slot, how the lane enters)
         self.param_regs: dict[ir.Leaf, int] = {}
@@ -65,7 +65,8 @@ class _Printer:
             following = {v: f"n{i}" for i, v in enumerate(self.program.next)}
             for i, s in enumerate(self.program.emits):
                 if _side_by_side(s.index.array):
-                    self.kept[i] = following.get(s.value, f"e{i}")
+                    made = self.plan.arrays.get(s.value)
+                    self.kept[i] = following.get(s.value, f"e{i}" if made is None else f"a{made}")
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 
@@ -179,8 +180,12 @@ class _Printer:
         memo: dict[tuple[Value, bytes], str] = {}
         body: list[str] = []
         for t in loop.targets:
+            if t.role == "emit" and self.kept.get(t.number, "e").startswith(("n", "a")):
+                continue  # written from where it lies
             name = self.use(self.expression_of(t, memo, body))
             body += self.store(t, name)
+        if not body:
+            return []
         if loop.size == 1:
             lines = [line.replace("[i]", "[0]") for line in body]
             return lines if self.scalar else ["{", *("  " + line for line in lines), "}"]
@@ -210,7 +215,7 @@ class _Printer:
                 s = self.program.emits[t.number]
                 index = s.index.array[:, position]
                 if t.number in self.kept:
-                    return [f"EACH e{t.number}[{at}][u] = {name};"] if self.kept[t.number] == f"e{t.number}" else []
+                    return [f"EACH e{t.number}[{at}][u] = {name};"]
                 if self.scalar:
                     group, offset, mode = self.lane_group("y", s.slot, index)
                     if f"y{s.slot}" in self.windows:

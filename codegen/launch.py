@@ -43,8 +43,11 @@ class CKernel:
         self._scan.argtypes, self._scan.restype = [pointer, pointer, number, number, number, number], None
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
-        self._pack_index = [torch.from_numpy(p.index.array.reshape(-1).astype(np.int64)) for p in self.compiled.packed]
-        self._holes = [bool((i < 0).any()) for i in self._pack_index]
+        # Of every packed weight the parameter, where its elements lie in that, and which are none, if any.
+        self._packs: list[tuple[int, Tensor, Tensor | None]] = []
+        for p in self.compiled.packed:
+            index = torch.from_numpy(p.index.array.reshape(-1).astype(np.int64))
+            self._packs.append((p.slot, index.clamp_min(0), index < 0 if bool((index < 0).any()) else None))
 
     @property
     def source(self) -> str:
@@ -60,9 +63,9 @@ class CKernel:
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See `seqparc.runtime.driver.Kernel`."""
         given = [p if p.is_contiguous() else p.contiguous() for p in params]
-        for about, index, holes in zip(self.compiled.packed, self._pack_index, self._holes, strict=True):
-            weight = given[about.slot].view(-1).index_select(0, index.clamp_min(0))
-            given.append(weight.masked_fill_(index < 0, 0) if holes else weight)
+        for slot, index, holes in self._packs:
+            weight = given[slot].view(-1).index_select(0, index)
+            given.append(weight if holes is None else weight.masked_fill_(holes, 0))
         return given, [x if x.dtype == self.dtype else x.to(self.dtype) for x in streams]
 
     def sweep(

@@ -56,11 +56,12 @@ class TooIrregularError(ValueError):
     """A gather so scattered that straight loops do not express it."""
 
 
-def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream", "param"), scattered: bool = False) -> Schedule:
+def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream", "param"), by_element: bool = False) -> Schedule:
     """The parts of a step.
 
-    in_place: the kinds of leaves that products and folds read where they are; others are stored first. scattered: whether the elements
-    of a target need not lie one after the other.
+    in_place: the kinds of leaves that products and folds read where they are; others are stored first. by_element: whether a loop goes from
+    element to element, so that those of a target need not lie one after the other, and what reads an element that the loop has just stored
+    is part of it.
     """
     outputs = program.outputs
     order = ir.topological(outputs)
@@ -70,7 +71,7 @@ def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream
     by_phase: dict[int, list[Target]] = defaultdict(list)
 
     def target(role: Role, number: int, value: Value) -> None:
-        for position in _pieces(value, stored if role != "array" else stored - {value}, scattered):
+        for position in _pieces(value, stored if role != "array" else stored - {value}, by_element):
             by_phase[phase[value]].append(Target(role, number, value, tuple(position.tolist())))
 
     for v in arrays:
@@ -86,7 +87,7 @@ def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream
     parts: list[Loop | ir.Contract | ir.Reduce] = []
     for p in range(max(phase.values(), default=0) + 1):
         parts += [v for v in order if isinstance(v, (ir.Contract, ir.Reduce)) and phase[v] == p]
-        parts += _loops(by_phase[p], arrays)
+        parts += _loops(by_phase[p], arrays, by_element)
     return Schedule(parts, arrays)
 
 
@@ -162,29 +163,38 @@ def _combine(columns: list[Ints]) -> Ints:
     return np.unique(np.stack(telling, 1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _loops(targets: list[Target], arrays: dict[Value, int]) -> list[Loop]:
-    """Targets of equal size share a loop; a loop that reads what another of the same phase stores comes after it."""
+def _loops(targets: list[Target], arrays: dict[Value, int], by_element: bool) -> list[Loop]:
+    """Targets of equal size share a loop; a loop that reads what another of the same phase stores comes after it. Arrays come first."""
     loops: dict[tuple[int, int], Loop] = {}
     for t in targets:
-        depth = _depth(t, targets, arrays)
+        depth = _depth(t, targets, arrays, by_element)
         loops.setdefault((depth, len(t.position)), Loop(len(t.position))).targets.append(t)
     return [loops[key] for key in sorted(loops, key=lambda k: k[0])]
 
 
-def _depth(t: Target, targets: list[Target], arrays: dict[Value, int]) -> int:
-    made = {x.number for x in targets if x.role == "array"}
+def _depth(t: Target, targets: list[Target], arrays: dict[Value, int], by_element: bool) -> int:
+    """How many loops of the same phase must have run before."""
+    made: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for x in targets:
+        if x.role == "array":
+            made[x.number].add(x.position)
     best = 0
-    skip = {v for v in arrays if t.role == "array" and arrays[v] == t.number}
-    stack = [(t.value, 0)]
-    seen: set[tuple[Value, int]] = set()
+    stack: list[tuple[Value, Ints, int]] = [(t.value, np.array(t.position, np.int32), 0)]
+    seen: set[tuple[Value, bytes, int]] = set()
     while stack:
-        v, d = stack.pop()
-        if (v, d) in seen:
+        v, at, d = stack.pop()
+        if (v, at.tobytes(), d) in seen:
             continue
-        seen.add((v, d))
-        if v in arrays and v not in skip and arrays[v] in made:
+        seen.add((v, at.tobytes(), d))
+        own = t.role == "array" and arrays.get(v) == t.number
+        # Read where it is stored, element by element, it is at hand.
+        if not own and arrays.get(v) in made and not (by_element and tuple(at.tolist()) in made[arrays[v]]):
             d += 1
         best = max(best, d)
-        if not isinstance(v, (ir.Contract, ir.Reduce)):
-            stack.extend((a, d) for a in v.args)
+        match v:
+            case ir.Map(operands=operands):
+                stack.extend((a, at, d) for a in operands)
+            case ir.Gather(sources=sources, which=which, index=index):
+                which_at, index_at = which.array[at], index.array[at]
+                stack.extend((source, index_at[which_at == j], d) for j, source in enumerate(sources) if (which_at == j).any())
     return best

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import sympy
+import torch
 from rich.table import Table
 from torch import Tensor
 
 from seqparc import ir
+from seqparc.codegen.floor import floor
 from seqparc.errors import SeqparcError, ToolchainError
 from seqparc.forgetting import forgetting
 from seqparc.passes import derivative, symbolic
@@ -257,7 +259,19 @@ def _strategy(engine: Engine) -> tuple[str, ...]:
             lines.append(f"  {d.verdict}")
             if d.fallback:
                 lines.append("  finished by the sequential kernel")
+            lines += _floor(engine, direction, d)
     return tuple(lines)
+
+
+def _floor(engine: Engine, direction: str, d: Stats) -> list[str]:
+    """What the last call took beside the least that its arithmetic and its memory take on this processor."""
+    _, kernel = engine.kernels.get(direction) or engine.kernels.get(f"{direction} stored") or ("", None)
+    if d.backend != "c" or not d.seconds or kernel is None:
+        return []
+    least = floor(kernel.program, engine.plan.dtype, d.batch, d.steps, torch.get_num_threads())  # type: ignore[attr-defined]
+    shape = f"{d.batch} × {d.steps} steps"
+    times = d.seconds / least.seconds
+    return [f"  {1e3 * d.seconds:.3g} ms for {shape}: {times:.1f} times the least that this processor needs, for {least.unit} mostly"]
 
 
 def _kernels(engine: Engine) -> tuple[str, ...]:

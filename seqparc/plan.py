@@ -143,7 +143,8 @@ class History:
 class Stats:
     """Of the last call.
 
-    gap: the largest move of a chunk's start state at the end, relative to its magnitude; gaps: after each pass; history: of all calls.
+    gap: the largest move of a chunk's start state at the end, relative to its magnitude; gaps: after each pass; history: of all calls;
+    steps, seconds: of the recurrence alone, without what is done before and after it; seconds None where a run was only begun.
     """
 
     backend: str = ""
@@ -159,6 +160,9 @@ class Stats:
     fallback: str | None = None
     reasons: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    batch: int = 0
+    steps: int = 0
+    seconds: float | None = None
     history: History = field(default_factory=History)
     backward: Stats | None = None
 

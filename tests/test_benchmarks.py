@@ -47,11 +47,14 @@ def test_dense_baseline() -> None:
 
 
 def test_it_runs(tmp_path: Path) -> None:
-    assert run.main(["--quick", "--only", "elementwise GRU 1", "--out", str(tmp_path)]) == 0
+    where = tmp_path / "page.md"
+    assert run.main(["--quick", "--only", "elementwise GRU 1", "--out", str(tmp_path), "--page", str(where)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert {r["system"] for r in found["rows"]} == {"eager loop", "C loop", "seqparc sequential", "seqparc"}
     assert all(r["largest_error"] < 1e-5 and r["fwd"]["median"] > 0 for r in found["rows"])
-    assert [t["bound"] for t in found["targets"]] == ["at most 0.4", "at most 4"]
+    assert [t["bound"] for t in found["targets"]] == [f"at most {bound}" for bound in ("2", "2", "0.25", "0.7", "3.5")]
+    assert all(0 < r["floor"][what]["ms"] < r[what]["median"] for r in found["rows"] for what in ("fwd", "fwd+bwd") if what in r)
+    assert "## elementwise GRU 1, batch × time × inputs 1 × 200 × 3" in where.read_text() and "C loop" in where.read_text()
     assert all(t["measured"] > 0 for t in found["targets"])
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 

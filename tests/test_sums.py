@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import seqparc
+from seqparc.runtime.weights import _product
 
 from .test_triton import interpreted
 
@@ -64,3 +65,13 @@ stepwise.TritonKernel = tiles
 assert error("triton", 130) < 4 * EPS
 print("summed")
 """
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 5000), (1, 517), (1, 40), (3, 700), (8, 300), (20, 7)])
+@pytest.mark.parametrize(("m", "k"), [(12, 5), (5, 12), (1, 1)])
+def test_a_product_over_all_steps_is_the_sum_of_its_pieces(batch: int, steps: int, m: int, k: int) -> None:
+    d, x = torch.randn(batch, steps, m), torch.randn(batch, steps + 1, k)[:, :-1]  # states before a step are such a view
+    right = torch.einsum("btm,btk->mk", d.double(), x.double())
+    found = _product(d, x)
+    assert found.shape == (m, k)
+    assert float((found - right).abs().max()) < 1e-5 * (batch * steps) ** 0.5

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqparc.errors import SeqparcError
 from seqparc.runtime.engine import Engine, whole
+from seqparc.runtime.pages import room
 from seqparc.surroundings import batched, plain, recast
 
 FORWARD = (
@@ -27,14 +28,14 @@ class Solve(torch.autograd.Function):
         n_state, n_stream = counts
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
         # The start state in front, so that the states before each step are a view of the same memory.
-        room = [s.new_empty(s.shape[0], steps + 1, s.shape[1]) for s in start]
-        for r, s in zip(room, start, strict=True):
+        kept = [room(s, s.shape[0], steps + 1, s.shape[1]) for s in start]
+        for r, s in zip(kept, start, strict=True):
             r.select(1, 0).copy_(s)
-        states = [r.narrow(1, 1, steps) for r in room]
-        stored = [] if engine.stored is None else [start[0].new_empty(start[0].shape[0], steps, engine.stored.numbers)]
+        states = [r.narrow(1, 1, steps) for r in kept]
+        stored = [] if engine.stored is None else [room(start[0], start[0].shape[0], steps, engine.stored.numbers)]
         end = engine.forward(start, streams, params, [*states, *stored], steps, bool(stored))
         ctx.engine, ctx.counts, ctx.stored = engine, counts, len(stored)
-        ctx.save_for_backward(*stored, *tensors, *room)
+        ctx.save_for_backward(*stored, *tensors, *kept)
         return (*states, *parts(end, start))
 
     @staticmethod
@@ -42,20 +43,20 @@ class Solve(torch.autograd.Function):
         n_state, n_stream = ctx.counts
         kept = ctx.saved_tensors  # asked for once: a checkpoint gives them out once
         stored, saved = kept[: ctx.stored], kept[ctx.stored :]
-        tensors, room = saved[:-n_state], saved[-n_state:]
+        tensors, states = saved[:-n_state], saved[-n_state:]  # the start state in front of those
         if torch.compiler.is_compiling():  # compiled autograd
             from seqparc.runtime import traced
 
-            return traced.backward(ctx, grads, tensors, room)
+            return traced.backward(ctx, grads, tensors, states)
         if not plain([g for g in grads if g is not None]) or batched(grads):  # traced, or many gradients at once
             from seqparc.runtime.lifted import backward
 
-            states = [r.narrow(1, 1, r.shape[1] - 1) for r in room]
-            given = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, (*states, *tensors[:n_state]), strict=True)]
-            return None, None, None, *backward(ctx.engine, ctx.counts, tensors, states, [*given[:n_state], whole(given[n_state:])])
+            after = [r.narrow(1, 1, r.shape[1] - 1) for r in states]
+            given = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, (*after, *tensors[:n_state]), strict=True)]
+            return None, None, None, *backward(ctx.engine, ctx.counts, tensors, after, [*given[:n_state], whole(given[n_state:])])
         start, streams, params = tensors[:n_state], tensors[n_state : n_state + n_stream], tensors[n_state + n_stream :]
-        with recast(room[0].device.type, None), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            before = [r.narrow(1, 0, r.shape[1] - 1) for r in room]
+        with recast(states[0].device.type, None), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+            before = [r.narrow(1, 0, r.shape[1] - 1) for r in states]
             g_last = whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
             found = gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last, stored=stored)
             results = (None, None, None, *found)

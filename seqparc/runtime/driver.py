@@ -142,6 +142,8 @@ class Outcome:
     update: str = "none"
     fade: float = LATELY  # what is left of an earlier state after a step, at most
     cost: float = 0.0  # of all passes, in steps of the sequential kernel: timed where its pace is known, else counted
+    batch: int = 0
+    seconds: float | None = None  # that the run took; None where it was only begun
     waste: float = 0.0  # what the run has cost beyond what the sequential kernel would have, in its steps
     cut_short: bool = False  # given up for what it cost by the clock, which by counted steps would have been little
 
@@ -165,8 +167,10 @@ def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
 
     budget: what passes may cost; a seventh of the steps if none is given.
     """
-    tally = Tally(budget or Budget(TRIAL * p.steps))
     spans, chunks = cut.spans, len(cut.spans)
+    if chunks == 1:
+        return _whole(p, cut)
+    tally = Tally(budget or Budget(TRIAL * p.steps))
     params, streams = p.kernel.prepare(p.params, p.streams)
     sums = sums_of(p, chunks)
 
@@ -183,13 +187,6 @@ def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
 
     outcome = Outcome(p.start, sums, fade=cut.fade)
     active: Tensor | None = None  # the chunks to run, None for all
-    if chunks == 1:
-        head = p.head or Head(0, 0.0, p.start, [])
-        outcome.end = _alone(p, params, streams, head.steps, head.state, sums)
-        for z, before in zip(sums, head.sums, strict=False):
-            z += before
-        return outcome
-
     start = p.start.new_empty(chunks, *p.start.shape)
     if spans.lead is None:
         start.copy_(p.start)
@@ -261,6 +258,16 @@ def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
             return _finish(p, cut, params, streams, outcome, first_moved + 1, end[first_moved])
     outcome.end = end.select(0, -1)
     outcome.cost, outcome.waste = tally.cost, tally.cost - p.steps
+    return outcome
+
+
+def _whole(p: Problem, cut: Cut) -> Outcome:
+    """A run by the sequential kernel alone."""
+    params, streams = p.kernel.prepare(p.params, p.streams)
+    sums, head = sums_of(p, 1), p.head or Head(0, 0.0, p.start, [])
+    outcome = Outcome(_alone(p, params, streams, head.steps, head.state, sums), sums, fade=cut.fade)
+    for z, before in zip(sums, head.sums, strict=False):
+        z += before
     return outcome
 
 

@@ -26,6 +26,7 @@ from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, begin, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.making import Begun, uncollected
 from seqparc.runtime.opaque import OpaqueKernel
+from seqparc.runtime.pages import room
 from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
 from seqparc.runtime.weights import Places, of_params
@@ -267,6 +268,7 @@ class Engine:
         known = self.experience.get(shape)
         outcome = solve(p, cut, None if known is None else known.account.budget(p.steps))
         seconds = time.perf_counter() - begin
+        outcome.batch, outcome.seconds = p.start.shape[0], seconds if p.start.device.type == "cpu" else None
         with self._learning():
             if not options.deterministic and options.warmup is None:
                 self._learn(p, shape, choice, cut, outcome, seconds)
@@ -303,6 +305,7 @@ class Engine:
             backend=name, strategy=choice.strategy, chunks=choice.chunks, chunk_length=cut.spans.longest, warmup=choice.warmup,
             update=outcome.update, passes=outcome.passes, gap=outcome.gap, gaps=tuple(outcome.gaps), converged=outcome.converged,
             fallback=outcome.fallback, reasons=choice.reasons, compile_seconds=self.compile_seconds,
+            batch=outcome.batch, steps=cut.spans.steps, seconds=outcome.seconds,
             history=replace(self.history[direction]),
         )  # fmt: skip
 
@@ -364,7 +367,7 @@ class Engine:
         batch, steps = before[0].shape[:2]
         n_streams = len(streams)
         emits: list[Tensor | None] = [
-            (g_last.new_empty if filled == 1 else g_last.new_zeros)(batch, steps, size) if filled else None
+            (room(g_last, batch, steps, size) if filled == 1 else g_last.new_zeros(batch, steps, size)) if filled else None
             for filled, size in zip(program.filled, program.emit_sizes, strict=True)
         ]
         read = [*streams, *before, *g_states, *stored]

@@ -14,6 +14,7 @@ from seqparc.runtime.differentiable import Solve, parts, unit
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.lifted import Lifted
 from seqparc.runtime.operator import number, solve
+from seqparc.runtime.pages import room
 from seqparc.surroundings import autocast, plain, recast, transformed
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -80,7 +81,7 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
         results = Solve.apply(engine, steps, (len(flat), len(streams)), *flat, *streams, *params)
         flat_states, flat_last = results[: len(flat)], results[len(flat) :]
     else:
-        flat_states = [s.new_empty(batch, steps, s.shape[1]) for s in flat]
+        flat_states = [room(s, batch, steps, s.shape[1]) for s in flat]
         end = engine.forward(flat, streams, params, flat_states, steps)
         flat_last = parts(end, flat)
     states = [_shaped(y, s, batch, steps) for y, s in zip(flat_states, plan.states, strict=True)]

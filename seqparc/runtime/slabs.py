@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seqparc.plan import Plan, Stats, combined
+from seqparc.runtime.pages import room
 from seqparc.surroundings import plain
 
 #: Bytes that a call without gradients may make beside its inputs and outputs before time is taken in slabs.
@@ -74,7 +75,7 @@ def in_slabs(
     for a, b in itertools.pairwise(edges):
         done = run(engine, [v[:, a:b] for v in x], start)
         if not outputs:
-            outputs = [o.new_empty(batch, steps, *o.shape[2:]) for o in done.outputs]
+            outputs = [room(o, batch, steps, *o.shape[2:]) for o in done.outputs]
         for whole, part in zip(outputs, done.outputs, strict=True):
             whole[:, a:b] = part
         start, last = [e.reshape(batch, *s.shape) for e, s in zip(done.end, engine.plan.states, strict=True)], done.last

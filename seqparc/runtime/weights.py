@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Pieces of a sum over all steps, none shorter than LEAST: enough for the cores of a processor, and few enough to add up.
+PIECES, LEAST = 8, 64
+
 
 class Places:
     """Indices of a plan as torch wants them, flat and on a device, each made once."""
@@ -41,27 +44,39 @@ def _plus(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
+def _product(d: Tensor, x: Tensor) -> Tensor:
+    """Σ over samples and steps of d xᵀ: [batch, time, m] and [batch, time, k] give [m, k].
+
+    On a processor in pieces of the sum, by samples and stretches of time. One product of long thin matrices runs in one thread, and the
+    narrow one is best the left one.
+    """
+    if d.device.type != "cpu":
+        return d.flatten(0, 1).t() @ x.flatten(0, 1)
+    if x.shape[-1] > d.shape[-1]:
+        return _product(x, d).t()
+    batch, steps = d.shape[:2]
+    pieces = max(1, PIECES // batch)
+    if pieces == 1 or steps < pieces * LEAST:
+        return torch.bmm(x.transpose(1, 2), d).sum(0).t()
+    whole = steps // pieces * pieces
+    total = torch.bmm(x[:, whole:].transpose(1, 2), d[:, whole:]).sum(0)  # what is left over
+    for x_b, d_b in zip(x[:, :whole].unbind(0), d[:, :whole].unbind(0), strict=True):
+        total += torch.bmm(x_b.unflatten(0, (pieces, -1)).transpose(1, 2), d_b.unflatten(0, (pieces, -1))).sum(0)
+    return total.t()
+
+
 def _outer(o: Any, emits: Sequence[Tensor | None], read: Sequence[Tensor], params: Sequence[Tensor], places: Places) -> Tensor:
     """Σ over steps and samples of delta xᵀ, put where the weight's elements lie."""
     lanes = o.columns.shape[0]
-    delta = emits[o.delta]
-    assert delta is not None
-    d = delta.reshape(delta.shape[0] * delta.shape[1], lanes, delta.shape[-1] // lanes)
-    if o.x >= 0:
-        given = emits[o.x]
-        assert given is not None
-        x = given.reshape(d.shape[0], lanes, given.shape[-1] // lanes)
-    else:
-        given = read[-1 - o.x]
-        x = given.reshape(d.shape[0], given.shape[-1])
-        if not np.array_equal(o.columns.array.reshape(-1), np.arange(given.shape[-1])):
-            x = x.index_select(-1, places(o.columns, x.device))
-        x = x if x.dtype == d.dtype else x.to(d.dtype)
-        x = x.reshape(d.shape[0], lanes, x.shape[-1] // lanes)
+    d, x = emits[o.delta], emits[o.x] if o.x >= 0 else read[-1 - o.x]
+    assert d is not None and x is not None
+    if o.x < 0 and not np.array_equal(o.columns.array.reshape(-1), np.arange(x.shape[-1])):
+        x = x.index_select(-1, places(o.columns, x.device))
+    x = x if x.dtype == d.dtype else x.to(d.dtype)
     if lanes == 1:
-        m = (d[:, 0].t() @ x[:, 0])[None]
+        m = _product(d, x)[None]
     else:
-        m = torch.einsum("nle,nlk->lek", d, x)
+        m = torch.einsum("btle,btlk->lek", d.unflatten(-1, (lanes, -1)), x.unflatten(-1, (lanes, -1)))
     ix = o.ix.array
     if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
         picked = m
