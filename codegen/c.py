@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from seqparc import ir
 from seqparc.codegen.pack import ROWS, Packed, pack
-from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, schedule
+from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, runs, schedule
 from seqparc.codegen.window import windows
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
@@ -60,13 +60,12 @@ class _Printer:
         self.windows = windows(self.program, self.scalar)
         # Vector programs: stream elements as arrays of the step, and emits kept until its end where they are written in rows.
         self.loads = {} if self.scalar else {v: i for i, v in enumerate(ir.leaves(self.program.outputs, "stream"))}
-        self.kept: dict[int, str] = {}
+        self.kept: dict[int, list[tuple[int, int, str]]] = {}  # from which element on, how many, and where they lie
         if not self.scalar:
-            following = {v: f"n{i}" for i, v in enumerate(self.program.next)}
+            lie = {v: f"n{i}" for i, v in enumerate(self.program.next)} | {v: f"a{n}" for v, n in self.plan.arrays.items()}
             for i, s in enumerate(self.program.emits):
                 if _side_by_side(s.index.array):
-                    made = self.plan.arrays.get(s.value)
-                    self.kept[i] = following.get(s.value, f"e{i}" if made is None else f"a{made}")
+                    self.kept[i] = runs(s.value, lie) or [(0, s.value.size, f"e{i}")]
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +179,7 @@ class _Printer:
         memo: dict[tuple[Value, bytes], str] = {}
         body: list[str] = []
         for t in loop.targets:
-            if t.role == "emit" and self.kept.get(t.number, "e").startswith(("n", "a")):
+            if t.role == "emit" and t.number in self.kept and self.kept[t.number][0][2] != f"e{t.number}":
                 continue  # written from where it lies
             name = self.use(self.expression_of(t, memo, body))
             body += self.store(t, name)
@@ -239,14 +238,15 @@ class _Printer:
     def store_lines(self) -> list[str]:
         """Vector programs: everything the step writes that lies side by side."""
         lines = []
-        for i, name in self.kept.items():
+        for i, lying in self.kept.items():
             s = self.program.emits[i]
-            row = f"y{s.slot} + ({self.address(s.index.array[:, :1])}) + k * y{s.slot}_t"
-            lines += [
-                f"if (out && y{s.slot} && full) store_rows({row}, y{s.slot}_o, {s.value.size}, {name}, U);",
-                f"else if (out && y{s.slot}) for (int64_t i = 0; i < {s.value.size}; i++)",
-                f"  EACH put_live({row} + i, y{s.slot}_o + u * W, {name}[i][u], length + u * W, k);",
-            ]
+            for first, count, name in lying:
+                row = f"y{s.slot} + ({self.address(s.index.array[:, first : first + 1])}) + k * y{s.slot}_t"
+                lines += [
+                    f"if (out && y{s.slot} && full) store_rows({row}, y{s.slot}_o, {count}, {name}, U);",
+                    f"else if (out && y{s.slot}) for (int64_t i = 0; i < {count}; i++)",
+                    f"  EACH put_live({row} + i, y{s.slot}_o + u * W, ({name})[i][u], length + u * W, k);",
+                ]
         return lines
 
     def array_name(self, value: Value) -> str:
@@ -286,15 +286,15 @@ class _Printer:
             ]
         lines = []
         for block in blocks:
-            k = len(block.columns)
+            k, h = len(block.columns), block.height
             column = self.address(block.columns[None], g="0", i="q")
             lines += [
-                f"for (int64_t r = 0; r < {block.rows}; r += {ROWS}) {{{comment}",
+                f"for (int64_t r = 0; r < {block.rows}; r += {h}) {{{comment}",
                 f"  const real* restrict row = {w} + {block.offset} + r * {k};",
-                f"  vf acc[{ROWS}][U_MOST]; UNROLL for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] = sp_set1(0);",
+                f"  vf acc[{h}][U_MOST]; UNROLL for (int j = 0; j < {h}; j++) EACH acc[j][u] = sp_set1(0);",
                 f"  for (int64_t q = 0; q < {k}; q++)",
-                f"    UNROLL for (int j = 0; j < {ROWS}; j++) EACH acc[j][u] += row[q * {ROWS} + j] * {b}[{column}][u];",
-                f"  UNROLL for (int j = 0; j < {ROWS}; j++) EACH a{out}[{block.first} + r + j][u] = acc[j][u];",
+                f"    UNROLL for (int j = 0; j < {h}; j++) EACH acc[j][u] += row[q * {h} + j] * {b}[{column}][u];",
+                f"  UNROLL for (int j = 0; j < {h}; j++) EACH a{out}[{block.first} + r + j][u] = acc[j][u];",
                 "}",
             ]
         return lines
@@ -390,7 +390,7 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
     parts = (1,) if width == 1 else (width, 1)
     arrays = [(f"a{number}", v.size + ROWS) for v, number in p.plan.arrays.items()]
     arrays += [(f"l{number}", v.size) for v, number in p.loads.items()]
-    arrays += [(name, p.program.emits[i].value.size) for i, name in p.kept.items() if name.startswith("e")]
+    arrays += [(name, count) for kept in p.kept.values() for _, count, name in kept if name.startswith("e")]
     following = [(f"n{i}", v.size) for i, v in enumerate(p.program.next)]
     states = [(f"s{i}", v.size) for i, v in enumerate(p.program.state)]
     sums = [(f"c{i}", s.value.size) for i, s in enumerate(p.program.sums)]

@@ -14,8 +14,10 @@ from seqparc.codegen.schedule import TooIrregularError
 
 Ints = NDArray[np.integer[Any]]
 
-#: Rows of a contraction computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
+#: Most rows of a contraction that are computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
 ROWS = 6
+#: Rows that hide the latency of a multiply-add, and what a row less than ROWS costs, as the other factor is read more often.
+LATENCY, READING = 4, 0.03
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class Block:
     rows: int
     columns: Ints
     offset: int  # in the packed weight
+    height: int  # rows that are computed together
+
+
+def height(rows: int) -> int:
+    """How many of a block's rows to compute together: what leaves few places empty."""
+
+    def cost(h: int) -> float:
+        return -(-rows // h) * max(h, LATENCY) * (1 + READING * (ROWS - h))
+
+    return min(range(1, ROWS + 1), key=cost)
 
 
 def pack(v: ir.Contract) -> tuple[list[Block], Ints]:
@@ -56,10 +68,11 @@ def pack(v: ir.Contract) -> tuple[list[Block], Ints]:
     blocks, pieces, offset = [], [], 0
     for first, stop in itertools.pairwise(starts.tolist()):
         rows = stop - first
-        padded = -(-rows // ROWS) * ROWS
+        h = height(rows)
+        padded = -(-rows // h) * h
         block = np.full((padded, ib.shape[1]), -1, np.int32)
         block[:rows] = ia[first:stop]
-        pieces.append(block.reshape(-1, ROWS, ib.shape[1]).transpose(0, 2, 1).reshape(-1))
-        blocks.append(Block(first, rows, np.maximum(ib[first], 0).astype(np.int32), offset))
+        pieces.append(block.reshape(-1, h, ib.shape[1]).transpose(0, 2, 1).reshape(-1))
+        blocks.append(Block(first, rows, np.maximum(ib[first], 0).astype(np.int32), offset, h))
         offset += block.size
     return blocks, np.concatenate(pieces)

@@ -24,6 +24,8 @@ Role = Literal["array", "next", "emit", "sum"]
 
 #: Pieces a stored gather may fall into before the generated code would be worse than the fallback.
 MOST_PIECES = 64
+#: Stretches of arrays that one output is written from; more, and it gets an array of its own.
+MOST_RUNS = 4
 #: Runs of a value from which on those that read alike share a loop, with tables for addresses: so much code takes compilers long.
 MANY_RUNS = 6
 
@@ -71,7 +73,8 @@ def schedule(program: Program, in_place: tuple[ir.Kind, ...] = ("state", "stream
     by_phase: dict[int, list[Target]] = defaultdict(list)
 
     def target(role: Role, number: int, value: Value) -> None:
-        for position in _pieces(value, stored if role != "array" else stored - {value}, by_element):
+        # By element what is also stored is at hand in the loop that stores it, if it falls into the same pieces.
+        for position in _pieces(value, stored - {value} if by_element or role == "array" else stored, by_element):
             by_phase[phase[value]].append(Target(role, number, value, tuple(position.tolist())))
 
     for v in arrays:
@@ -198,3 +201,21 @@ def _depth(t: Target, targets: list[Target], arrays: dict[Value, int], by_elemen
                 which_at, index_at = which.array[at], index.array[at]
                 stack.extend((source, index_at[which_at == j], d) for j, source in enumerate(sources) if (which_at == j).any())
     return best
+
+
+def runs(value: Value, lie: dict[Value, str]) -> list[tuple[int, int, str]]:
+    """Where the elements of a value lie in arrays that there are anyway, in runs: the first, how many, the address. Empty if not all do."""
+    if value in lie:
+        return [(0, value.size, lie[value])]
+    at = {origin: (name, e) for v, name in reversed(lie.items()) for e, origin in enumerate(ir.origins(v))}
+    places = [at.get(origin) for origin in ir.origins(value)]
+    found: list[tuple[int, int, str]] = []
+    start = 0
+    for e, place in enumerate(places):
+        if place is None:
+            return []
+        if e + 1 == len(places) or places[e + 1] != (place[0], place[1] + 1):
+            name, first = places[start]  # type: ignore[misc]
+            found.append((start, e + 1 - start, f"{name} + {first}" if first else name))
+            start = e + 1
+    return found if len(found) <= MOST_RUNS else []

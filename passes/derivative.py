@@ -47,11 +47,12 @@ class Emitted:
 
 @dataclass(frozen=True)
 class Outer:
-    """θ̄[param] at target[g, e, k] += Σ over steps of delta[g, e] · x[g, ix[e, k]]; a target of -1 is left out."""
+    """θ̄[param] at target[g, e, k] += Σ over steps of delta[g, rows[e]] · x[g, ix[e, k]]; a target of -1 is left out."""
 
     param: int
     target: Index
-    delta: int  # emit slot, numbers [lanes, rows]
+    delta: int  # emit slot, numbers [lanes, those that several weights' cotangents have between them]
+    rows: Index
     x: int  # emit slot, numbers [lanes, columns]; or -1 - stream slot, then `columns` says which of its elements
     columns: Index
     ix: Index
@@ -235,14 +236,16 @@ def adjoint(program: Program) -> Adjoint:
             emit_sizes.append(numbers.size)
         return emitted[value]
 
+    deltas = _together([bar for _, bar in mode.outers])
     for node, bar in mode.outers:
         assert isinstance(node.a, Leaf)
+        delta, rows = deltas[bar]
         target = np.where(node.ia.array[None] < 0, -1, node.a.index.array[:, np.maximum(node.ia.array, 0)])
         if isinstance(node.b, Leaf) and node.b.kind == "stream":
             x, columns_x = -1 - node.b.slot, node.b.index
         else:
             x, columns_x = emit(node.b), Index(np.arange(program.lanes * node.b.size).reshape(program.lanes, -1))
-        outers.append(Outer(node.a.slot, Index(target.reshape(program.lanes, -1)), emit(bar), x, columns_x, node.ib))
+        outers.append(Outer(node.a.slot, Index(target.reshape(program.lanes, -1)), emit(delta), Index(rows), x, columns_x, node.ib))
 
     made = Program(
         name="adjoint", lanes=program.lanes,
@@ -252,6 +255,20 @@ def adjoint(program: Program) -> Adjoint:
         emit_sizes=tuple(emit_sizes), sum_sizes=tuple(sum_sizes),
     )  # fmt: skip
     return Adjoint(made, tuple(streams), tuple(params), tuple(outers))
+
+
+def _together(bars: list[Value]) -> dict[Value, tuple[Value, Ints]]:
+    """For every cotangent a value that has its elements, and where they are in that: one value for all, if elements are shared."""
+    columns: dict[tuple[Value, int], int] = {}
+    rows: dict[Value, Ints] = {}
+    for bar in bars:
+        rows[bar] = np.array([columns.setdefault(origin, len(columns)) for origin in ir.origins(bar)], np.int32)
+    if len(columns) == sum(bar.size for bar in rows):
+        return {bar: (bar, np.arange(bar.size, dtype=np.int32)) for bar in rows}
+    sources = list(dict.fromkeys(source for source, _ in columns))
+    which = {source: k for k, source in enumerate(sources)}
+    every = ir.gather(sources, [which[source] for source, _ in columns], [element for _, element in columns])
+    return {bar: (every, at) for bar, at in rows.items()}
 
 
 def _collect(found: list[Leaf], mode: _Reverse) -> tuple[Ints, Value | None]:

@@ -255,6 +255,14 @@ def gather(sources: Iterable[Value], which: ArrayLike, index: ArrayLike) -> Valu
     return _intern((Gather, made, w, x), lambda: Gather(which.size, made, w, x))  # type: ignore[no-any-return]
 
 
+def origins(value: Value) -> list[tuple[Value, int]]:
+    """What each element of a value is an element of, gathers seen through; a hole is one of zero."""
+    if not isinstance(value, Gather):
+        return [(value, e) for e in range(value.size)]
+    picked = zip(value.which.array.tolist(), value.index.array.tolist(), strict=True)
+    return [(const(0.0), 0) if w < 0 else (value.sources[w], e) for w, e in picked]
+
+
 def take(x: Value, index: ArrayLike) -> Value:
     """x[index], with -1 for zero."""
     index = np.asarray(index, np.int32)

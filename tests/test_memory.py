@@ -118,7 +118,7 @@ class Fails:
 
 
 def figures(stats: Any) -> Any:
-    return dataclasses.replace(stats, compile_seconds=0, history=None, backward=stats.backward and figures(stats.backward))
+    return dataclasses.replace(stats, compile_seconds=0, seconds=None, history=None, backward=stats.backward and figures(stats.backward))
 
 
 class Own(nn.Module):

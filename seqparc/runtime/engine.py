@@ -45,6 +45,10 @@ THREADS = 8
 #: Of so many runs that nobody watched one is looked at afterwards.
 LOOK = 16
 
+#: Of a shape that nothing is known about.
+UNKNOWN = Experience()
+
+_cuda = functools.cache(torch.cuda.is_available)  # slow to ask, and asked at every call
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _listing = Lock()
 
@@ -146,8 +150,7 @@ class Engine:
         plan, options = self.plan, self.options if watched else replace(self.options, strategy="sequential")
         best = kernel.chunks_wanted(batch, THREADS if options.deterministic else torch.get_num_threads())
         shape = direction, batch, steps.bit_length()
-        known = self.experience.get(shape)
-        known = known or Experience()
+        known = self.experience.get(shape, UNKNOWN)
         slower = known.slower or known.account.waits(steps)
         key = (
             direction, batch, steps, best, watched, kernel.chunk_per_warmup, known.warmup, known.passes, known.fade, known.floor, slower,
@@ -234,7 +237,7 @@ class Engine:
     @staticmethod
     def capturing() -> bool:
         """Whether a CUDA graph is being made, in which nothing can be waited for."""
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return _cuda() and torch.cuda.is_current_stream_capturing()
 
     @functools.cached_property
     def by_the_clock(self) -> bool:

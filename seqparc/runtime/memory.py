@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from seqparc.plan import Plan, Stage
 from seqparc.runtime.differentiable import unit
+from seqparc.runtime.weights import in_one
 
 #: Rows that pieces are run on, twice: what does not grow is of parameters.
 ROWS = 32
@@ -201,17 +202,20 @@ def _adjoint(ledger: _Ledger, plan: Plan, call: _Call) -> tuple[str, int]:
     ledger.passing("chunks", call.chunks[1] * call.batch * held)
     whole = sum(plan.core.stream_sizes[e.target] for e in adjoint.streams if not e.direct)
     wide = ledger.add("cotangents of the streams", rows * item * whole)
-    copies = [_copied(o, plan, program, call.batch) for o in adjoint.outers if o.x < 0]
+    copies = [_copied(o, plan, program, call) for o in adjoint.outers if o.x < 0]
     ledger.passing("factors of the weights' gradients", rows * item * max(copies, default=0))
     ledger.free(factors)
     return through[0], through[1] + wide[1]
 
 
-def _copied(o: Any, plan: Plan, program: Any, batch: int) -> int:
-    """Numbers a row that are copied of a factor read from a stream: of the states before each step of several samples, and of a part."""
+def _copied(o: Any, plan: Plan, program: Any, call: _Call) -> int:
+    """Numbers a row that are copied of a factor read from a stream: of the states before each step of several samples, where those of all
+    samples are multiplied at once, and of a part.
+    """
     slot, numbers = -1 - o.x, o.columns.array.reshape(-1)
     size, first = program.stream_sizes[slot], len(plan.program.stream_sizes)
-    of_states = batch > 1 and first <= slot < first + len(program.state_sizes)
+    at_once = o.columns.shape[0] > 1 or in_one(call.batch, call.rows // call.batch, min(len(numbers), len(o.rows.array)))
+    of_states = call.batch > 1 and at_once and first <= slot < first + len(program.state_sizes)
     whole = len(numbers) == size and bool((numbers == range(size)).all())
     return (size if of_states else 0) + (0 if whole else len(numbers))
 

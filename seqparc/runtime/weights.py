@@ -44,18 +44,23 @@ def _plus(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
+def in_one(batch: int, steps: int, narrow: int) -> bool:
+    """Whether a sum is made by one product, since those of single samples would take more room than copies of the factors."""
+    return batch > 1 and narrow >= steps
+
+
 def _product(d: Tensor, x: Tensor) -> Tensor:
     """Σ over samples and steps of d xᵀ: [batch, time, m] and [batch, time, k] give [m, k].
 
-    On a processor in pieces of the sum, by samples and stretches of time. One product of long thin matrices runs in one thread, and the
-    narrow one is best the left one.
+    In pieces of the sum, by samples, so that nothing is copied, and on a processor by stretches of time: one product of long thin
+    matrices runs in one thread. The narrow one is best the left one.
     """
-    if d.device.type != "cpu":
-        return d.flatten(0, 1).t() @ x.flatten(0, 1)
     if x.shape[-1] > d.shape[-1]:
         return _product(x, d).t()
     batch, steps = d.shape[:2]
-    pieces = max(1, PIECES // batch)
+    if in_one(batch, steps, x.shape[-1]):
+        return (x.flatten(0, 1).t() @ d.flatten(0, 1)).t()
+    pieces = max(1, PIECES // max(1, batch)) if d.device.type == "cpu" else 1
     if pieces == 1 or steps < pieces * LEAST:
         return torch.bmm(x.transpose(1, 2), d).sum(0).t()
     whole = steps // pieces * pieces
@@ -73,10 +78,15 @@ def _outer(o: Any, emits: Sequence[Tensor | None], read: Sequence[Tensor], param
     if o.x < 0 and not np.array_equal(o.columns.array.reshape(-1), np.arange(x.shape[-1])):
         x = x.index_select(-1, places(o.columns, x.device))
     x = x if x.dtype == d.dtype else x.to(d.dtype)
+    rows = o.rows.array
+    first, count = int(rows[0]), len(rows)
+    near = np.array_equal(rows, np.arange(first, first + count))
     if lanes == 1:
-        m = _product(d, x)[None]
+        m = _product(d.narrow(-1, first, count) if near else d, x)[None]
+        m = m if near else m.index_select(1, places(o.rows, m.device))
     else:
         m = torch.einsum("btle,btlk->lek", d.unflatten(-1, (lanes, -1)), x.unflatten(-1, (lanes, -1)))
+        m = m.index_select(1, places(o.rows, m.device))
     ix = o.ix.array
     if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
         picked = m

@@ -109,12 +109,12 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
       const int full = k < shortest;
       vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
       load_rows(x0 + (0) + k * x0_t, x0_o, 20, l0, U);
-      for (int64_t r = 0; r < 20; r += 6) {  // test_golden.py
+      for (int64_t r = 0; r < 20; r += 5) {  // test_golden.py
         const real* restrict row = w0 + 0 + r * 20;
-        vf acc[6][U_MOST]; UNROLL for (int j = 0; j < 6; j++) EACH acc[j][u] = sp_set1(0);
+        vf acc[5][U_MOST]; UNROLL for (int j = 0; j < 5; j++) EACH acc[j][u] = sp_set1(0);
         for (int64_t q = 0; q < 20; q++)
-          UNROLL for (int j = 0; j < 6; j++) EACH acc[j][u] += row[q * 6 + j] * s0[q][u];
-        UNROLL for (int j = 0; j < 6; j++) EACH a0[0 + r + j][u] = acc[j][u];
+          UNROLL for (int j = 0; j < 5; j++) EACH acc[j][u] += row[q * 5 + j] * s0[q][u];
+        UNROLL for (int j = 0; j < 5; j++) EACH a0[0 + r + j][u] = acc[j][u];
       }
       for (int64_t i = 0; i < 20; i++) {
         vf v0[U_MOST]; EACH v0[u] = a0[i][u];  // test_golden.py
@@ -124,7 +124,7 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
       }
       if (out && y0 && full) store_rows(y0 + (0) + k * y0_t, y0_o, 20, n0, U);
       else if (out && y0) for (int64_t i = 0; i < 20; i++)
-        EACH put_live(y0 + (0) + k * y0_t + i, y0_o + u * W, n0[i][u], length + u * W, k);
+        EACH put_live(y0 + (0) + k * y0_t + i, y0_o + u * W, (n0)[i][u], length + u * W, k);
       for (int64_t i = 0; i < 20; i++) EACH s0[i][u] = full ? n0[i][u] : sp_where(live[u], n0[i][u], s0[i][u]);
       if (sizes) for (int64_t i = 0; i < 20; i++) EACH { const vf m = lately(m_s0[i][u], s0[i][u], fade); m_s0[i][u] = full ? m : sp_where(live[u], m, m_s0[i][u]); }
     }
