@@ -19,6 +19,7 @@ import cases  # noqa: E402
 import gpu  # noqa: E402
 import robustness  # noqa: E402
 import run  # noqa: E402
+import scaling  # noqa: E402
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -81,6 +82,22 @@ def test_the_gpu_benchmark_measures_every_system(monkeypatch: pytest.MonkeyPatch
         for row in rows:
             assert "failed" not in row, row
             assert row.get("error", 0.0) < (0.05 if row["dtype"] == "bfloat16" else 1e-5), row
+
+
+def test_scaling_runs(tmp_path: Path) -> None:
+    picture = tmp_path / "copy.png"
+    assert scaling.main(["--quick", "--only", "batch", "--out", str(tmp_path), "--picture", str(picture)]) == 0
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert [(r["cell"], r["value"]) for r in found["rows"]] == [(c, v) for c in ("elementwise GRU 16", "GRU 32") for v in (1, 4, 16, 64)]
+    for row in found["rows"]:
+        assert 0 < row["floor"]["fwd"] < row["seqparc"]["fwd"] and ("torch's layer" in row) == (row["cell"] == "GRU 32")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cost_that_grows_is_not_flat() -> None:
+    measured = ((10, 9.0), (10_000, 1.0), (20_000, 1.2))
+    rows = [{"varied": "steps", "cell": "c", "value": v, "seqparc": {"fwd": t, "fwd+bwd": 1.0}} for v, t in measured]
+    assert [line.rpartition(": ")[2] for line in scaling.verdicts(rows)] == ["not flat", "flat"]
 
 
 def test_hard_dynamics_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import seqparc
 from seqparc.runtime import budget, driver
-from seqparc.runtime.budget import PASS, SAVED, Account, Budget, Pace, Tally
+from seqparc.runtime.budget import PASS, SAVED, TRIAL, Account, Budget, Pace, Tally
 from seqparc.runtime.driver import Cut, Outcome
 from seqparc.runtime.engine import Engine
 from seqparc.spans import cut_evenly
@@ -77,6 +77,13 @@ def test_a_whole_run_tells_the_pace_better_than_its_beginning() -> None:
     assert account.pace == Pace(5e-6, whole=True)
     account.settle(STEPS, alone(), 9e-3)
     assert account.pace == Pace(5e-6, whole=True), "what disturbs makes it longer"
+
+
+def test_where_steps_are_counted_nothing_is_saved() -> None:
+    account = Account()
+    for _ in range(10):
+        account.settle(STEPS, trial(100), 1e-3)
+    assert account.budget(STEPS) == Budget(TRIAL * STEPS) and account.waits(STEPS) is None
 
 
 def test_steps_are_counted_by_the_clock_where_the_pace_is_known() -> None:

@@ -91,7 +91,9 @@ class Account:
         return cls(Pace(max(seconds - CALL, 1e-9) / steps), once)
 
     def budget(self, steps: int) -> Budget:
-        """For a run of so many steps."""
+        """For a run of so many steps. Where they are counted nothing is saved: what is counted was not spent."""
+        if self.pace is None:
+            return Budget(TRIAL * steps)
         return Budget(TRIAL * steps + max(0.0, self.saved) + self.spent, self.pace)
 
     def waits(self, steps: int) -> str | None:

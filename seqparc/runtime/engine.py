@@ -270,7 +270,7 @@ class Engine:
         begin = time.perf_counter()
         known = self.experience.get(shape)
         outcome = solve(p, cut, None if known is None else known.account.budget(p.steps))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin + (p.head.seconds if p.head is not None and len(cut.spans) == 1 else 0.0)
         outcome.batch, outcome.seconds = p.start.shape[0], seconds if p.start.device.type == "cpu" else None
         with self._learning():
             if not options.deterministic and options.warmup is None:
