@@ -5,19 +5,22 @@ from __future__ import annotations
 import ctypes
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from seqparc.codegen import openmp
 from seqparc.codegen.build import load
 from seqparc.codegen.c import CSource, emit
+from seqparc.codegen.packing import Packing
 from seqparc.ir import Program
+from seqparc.kept import Prepared
 from seqparc.spans import LATELY, Spans
 
+#: Where arguments of a kernel are; the streams' begin at FIRST.
+THREADS, START, REACHED, END, SIZES, FIRST = 2, 6, 7, 8, 9, 13
 #: A number as the kernel is given it, among addresses and sizes.
 _NUMBER, _BITS = struct.Struct("d"), struct.Struct("q")
 
@@ -43,11 +46,7 @@ class CKernel:
         self._scan.argtypes, self._scan.restype = [pointer, pointer, number, number, number, number], None
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
-        # Of every packed weight the parameter, where its elements lie in that, and which are none, if any.
-        self._packs: list[tuple[int, Tensor, Tensor | None]] = []
-        for p in self.compiled.packed:
-            index = torch.from_numpy(p.index.array.reshape(-1).astype(np.int64))
-            self._packs.append((p.slot, index.clamp_min(0), index < 0 if bool((index < 0).any()) else None))
+        self._packing = Packing(self.compiled.packed)
 
     @property
     def source(self) -> str:
@@ -60,13 +59,9 @@ class CKernel:
             return -(-threads * tile // (batch * lanes))
         return -(-tile * -(-threads // lanes) // batch)  # a tile of a vector program holds one of its lanes
 
-    def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[Prepared, list[Tensor]]:
         """See `seqparc.runtime.driver.Kernel`."""
-        given = [p if p.is_contiguous() else p.contiguous() for p in params]
-        for slot, index, holes in self._packs:
-            weight = given[slot].view(-1).index_select(0, index)
-            given.append(weight if holes is None else weight.masked_fill_(holes, 0))
-        return given, [x if x.dtype == self.dtype else x.to(self.dtype) for x in streams]
+        return self._packing(params), [x if x.dtype == self.dtype else x.to(self.dtype) for x in streams]
 
     def sweep(
         self,
@@ -82,31 +77,44 @@ class CKernel:
         fade: float = LATELY,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
-        chunks, (batch, row) = len(spans), start.shape[-2:]
         if not start.is_contiguous():
             start = start.contiguous()
+        end = start.new_empty((len(spans), *start.shape[-2:]))
+        args = self._arguments(spans, start, streams, params, emits, sums, backwards, fade)
+        args[END] = end.data_ptr()
+        if reached is not None:
+            args[REACHED] = reached.data_ptr()
+        if sizes is not None:
+            args[SIZES] = sizes.data_ptr()
+        packed = array("q", args)  # lives as long as the call
+        self._run(packed.buffer_info()[0])
+        return end
+
+    def _arguments(
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None], backwards: bool, fade: float,
+    ) -> list[int]:  # fmt: skip
+        """As the generated code reads them; no end states, no reached ones and no sizes yet."""
+        batch, row = start.shape[-2:]
         apart = batch * row if start.dim() == 3 else 0
-        end = start.new_empty((chunks, batch, row))
         args: list[int] = [
-            chunks, batch, openmp.threads(), *spans.addresses, start.data_ptr(), 0 if reached is None else reached.data_ptr(),
-            end.data_ptr(), 0 if sizes is None else sizes.data_ptr(), row, apart, *_BITS.unpack(_NUMBER.pack(fade)),
+            len(spans), batch, openmp.threads(), *spans.addresses, start.data_ptr(), 0, 0, 0, row, apart, *_BITS.unpack(_NUMBER.pack(fade)),
         ]  # fmt: skip
-
-        def time(x: Tensor) -> tuple[int, int, int]:
-            """Address and strides; backwards in time is the last step's address and a negative stride."""
-            if not backwards:
-                return x.data_ptr(), x.stride(0), x.stride(1)
-            return x.data_ptr() + (x.shape[1] - 1) * x.stride(1) * x.element_size(), x.stride(0), -x.stride(1)
-
+        time = _from_the_end if backwards else _from_the_start
         for x in streams:
             args += time(x)
-        args += [p.data_ptr() for p in params]
+        args += params.addresses if isinstance(params, Prepared) else [p.data_ptr() for p in params]
         for y in emits:
             args += (0, 0, 0) if y is None else time(y)
         args += [0 if z is None else z.data_ptr() for z in sums]
-        packed = array("q", args)
-        self._run(packed.buffer_info()[0])
-        return end
+        return args
+
+    def again(
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor], fade: float
+    ) -> Again:
+        """A forward sweep that can be run again on other tensors that lie alike."""
+        args = self._arguments(spans, start, streams, params, emits, (), False, fade)
+        return Again(self._run, args, len(streams), len(params))
 
     def scan(self, a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
         """See `seqparc.runtime.driver.Kernel`."""
@@ -123,3 +131,42 @@ class CKernel:
             start.data_ptr(), end.data_ptr(), sizes.data_ptr(), chunks, batch * row, atol, rtol, worst.data_ptr()
         )  # fmt: skip
         return largest, worst
+
+
+class Again:
+    """A sweep whose arguments are known, but for where tensors lie."""
+
+    def __init__(self, run: Callable[[int], None], args: Sequence[int], streams: int, params: int) -> None:
+        self._run, self._args = run, array("q", args)
+        self._params = FIRST + 3 * streams  # where they begin
+        self._emits = self._params + params
+
+    def run(
+        self, start: Tensor, streams: Sequence[Tensor], params: Prepared, emits: Sequence[Tensor], end: Tensor,
+        reached: Tensor | None = None, sizes: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """`start` contiguous; streams and emits with the strides of those that the arguments were made for."""
+        args = self._args[:]
+        args[THREADS], args[START], args[END] = openmp.threads(), start.data_ptr(), end.data_ptr()
+        if reached is not None and sizes is not None:
+            args[REACHED], args[SIZES] = reached.data_ptr(), sizes.data_ptr()
+        for at, x in zip(range(FIRST, self._params, 3), streams, strict=True):
+            args[at] = x.data_ptr()
+        args[self._params : self._emits] = params.addresses
+        at = self._emits
+        for y in emits:
+            args[at] = y.data_ptr()
+            at += 3
+        self._run(args.buffer_info()[0])
+
+
+def _from_the_start(x: Tensor) -> tuple[int, int, int]:
+    """Address and strides of batch and time."""
+    sample, step, _ = x.stride()
+    return x.data_ptr(), sample, step
+
+
+def _from_the_end(x: Tensor) -> tuple[int, int, int]:
+    """The same backwards in time: the last step's address and a negative stride."""
+    sample, step, _ = x.stride()
+    return x.data_ptr() + (x.shape[1] - 1) * step * x.element_size(), sample, -step

@@ -77,6 +77,10 @@ class Made:
                 there = own[table]
                 if len(there) != len(names) or (names and (list(there) != names or [t is None for t in there.values()] != nothing)):
                     return False
+        return self.same_outside()
+
+    def same_outside(self) -> bool:
+        """Of that what no module holds: hooks on all modules, and what a function closes over."""
         return hooks() == self.hooks and all(_still(get, value) for get, value in self.values)
 
 

@@ -55,10 +55,18 @@ def interrupted(after: float) -> Iterator[None]:
 
     hook, sys.unraisablehook = sys.unraisablehook, again
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
-    timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
+    inside = threading.Event()  # on a slow machine a thread takes longer to start than the time that is waited for
+
+    def press() -> None:
+        inside.wait()
+        time.sleep(after)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Thread(target=press)
     try:
         with pytest.raises(KeyboardInterrupt):
             timer.start()
+            inside.set()
             yield
             time.sleep(10)
     finally:

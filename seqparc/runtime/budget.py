@@ -96,6 +96,10 @@ class Account:
             return Budget(TRIAL * steps)
         return Budget(TRIAL * steps + max(0.0, self.saved) + self.spent, self.pace)
 
+    def saving(self, steps: int) -> bool:
+        """Whether the next run is sequential only because a trial has to be saved up for."""
+        return self.waits(steps) is not None and self.pace is not None and self.once + self.pace.fixed < steps
+
     def waits(self, steps: int) -> str | None:
         """Why the next run is to be sequential: what a trial costs is not yet saved, or more than it can save."""
         if self.pace is None:

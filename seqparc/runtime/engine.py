@@ -22,11 +22,12 @@ from seqparc.options import Options
 from seqparc.plan import Choice, History, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.budget import Account
-from seqparc.runtime.driver import Cut, Kernel, Outcome, Problem, begin, solve
+from seqparc.runtime.driver import NOTHING, Cut, Kernel, Outcome, Problem, begin, once, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.making import Begun, uncollected
 from seqparc.runtime.opaque import OpaqueKernel
 from seqparc.runtime.pages import room
+from seqparc.runtime.routine import Routine
 from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
 from seqparc.runtime.weights import Places, of_params
@@ -78,6 +79,7 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
+        self.routines: dict[tuple[str, int, int, int], Routine] = {}  # by kernel, batch, steps and threads
         self.history = {"forward": History(), "backward": History()}
         self.converged: set[Shape] = set()  # shapes that did in chunks, once at least
         self.name = "the cell"
@@ -200,10 +202,13 @@ class Engine:
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one recurrence: decide, cut, solve, remember. The last state [batch, numbers] and the sums [chunks, batch, numbers]."""
         key = f"{direction} stored" if stored else direction
-        if not start.shape[0]:  # an empty batch
+        batch = start.shape[0]
+        if not batch:  # an empty one
             self.last.pop(direction, None)
             return start.clone(), [start.new_zeros(1, 0, n) for n in problem.get("sum_sizes", ())]
         name, kernel = self.kernels.get(key) or self.kernel(key, program, start.device)
+        if (done := self.by_routine(key, start, steps, **problem)) is not None:
+            return done
         alike = self.tuner.adopt(kernel, direction, start.shape[0], steps) if hasattr(kernel, "settings") else None
         choice, cut, shape = self._decide(direction, kernel, start.shape[0], steps)
         correction = functools.partial(self.correction, key, start.device)
@@ -231,8 +236,55 @@ class Engine:
                     self.tuner.search(kernel, alike, run)
         else:
             outcome = self._watched(p, shape, choice, cut)
+            if name == "c":
+                self._follow(key, steps, shape, choice, cut, outcome)
         self.last[direction] = name, choice, cut, outcome
         return outcome.taken()
+
+    def routine(self, key: str, batch: int, steps: int) -> Routine | None:
+        """By which runs of a shape may go now."""
+        found = self.routines.get((key, batch, steps, torch.get_num_threads()))
+        return found if found is not None and found.left > 0 else None
+
+    def by_routine(self, key: str, start: Tensor, steps: int, **problem: Any) -> tuple[Tensor, list[Tensor]] | None:
+        """`solve` for a shape that has become routine; None where it has not, or where this run is another."""
+        batch, direction = start.shape[0], key.partition(" ")[0]
+        routine = self.routine(key, batch, steps)
+        if routine is None:
+            return None
+        begin = time.perf_counter()
+        end, sums, gap = once(Problem(kernel=self.kernels[key][1], start=start, steps=steps, **problem), routine.cut)
+        return (end, sums) if self.went(direction, routine, gap, batch, time.perf_counter() - begin) else None
+
+    def went(self, direction: str, routine: Routine, gap: float, batch: int, seconds: float) -> bool:
+        """Whether a pass by routine, which ended with this gap in units of the tolerance, was the run; it is then entered as that."""
+        choice, cut = routine.choice, routine.cut
+        if gap > 1:
+            routine.left = routine.alike = 0
+            return False
+        routine.left -= 1
+        if choice.given_up:
+            known = self.experience.get((direction, batch, cut.spans.steps.bit_length()))
+            if known is not None:
+                known.calls += 1  # to be tried again, as if watched
+        gap *= cut.rtol or cut.atol
+        if direction == "forward":
+            self.last.pop("backward", None)
+            self.own = self.told = None
+        gaps = [gap] if choice.chunks > 1 else []
+        self.last[direction] = "c", choice, cut, Outcome(NOTHING, [], gaps=gaps, fade=cut.fade, batch=batch, seconds=seconds)
+        self.history[direction].add(1, gap, True, choice.given_up)
+        return True
+
+    def _follow(self, key: str, steps: int, shape: Shape, choice: Choice, cut: Cut, outcome: Outcome) -> None:
+        """See whether runs of a shape have become routine."""
+        at = key, shape[1], steps, torch.get_num_threads()
+        routine = self.routines.get(at)
+        if routine is None or routine.cut is not cut:
+            if len(self.routines) > 256:
+                self.routines.clear()
+            routine = self.routines[at] = Routine(choice, cut)
+        routine.saw(steps, outcome, self.experience.get(shape))
 
     @staticmethod
     def capturing() -> bool:

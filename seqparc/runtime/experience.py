@@ -90,6 +90,10 @@ class Experience:
             return "timed, to see whether passes pay"
         return f"it took {1e6 * other:.3g} µs a step, passes {1e6 * mine:.3g}" if other < mine else None
 
+    def undecided(self, steps: int) -> bool:
+        """Whether a run of so many steps is sequential only for now: times are still compared, or a trial is saved up for."""
+        return (bool(self.passing) and len(self.alone) < TIMED) or self.account.saving(steps)
+
     def ran_alone(self) -> bool:
         """Count a sequential run; whether what is known is to be forgotten, as it is time to see whether it is still so."""
         self.calls += 1

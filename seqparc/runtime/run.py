@@ -42,29 +42,12 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     batch, steps = x[0].shape[:2]
     if plan.draws and len(x) == plan.inputs:
         x = [*x, *drawn(plan.draws, batch, steps, x[0].device)]
-    values: dict[Any, Any] = {("batch",): batch * steps}
-
-    def value(key: Any) -> Any:
-        if key not in values:
-            if key[0] == "attr":
-                values[key] = plan.attributes[key[1]]()
-            elif key[0] == "x":
-                values[key] = x[key[1]].reshape(batch * steps, *x[key[1]].shape[2:])
-        return values[key]
-
+    values = Values(x, lambda name: plan.attributes[name]())
     if plan.stages:
-        states, last, ends = staged(engine, x, start, value)
-        return Run(states, _read(plan, values, value, states, start, batch, steps), last, ends)
-    weights = plan.weights.run(*map(value, plan.weights.inputs))
-    if all(d is not None for d in plan.direct):
-        whole = [x[d] for d in plan.direct if d is not None]
-        streams = [x if x.dim() == 3 else x.reshape(batch, steps, n) for x, n in zip(whole, plan.core.stream_sizes, strict=True)]
-    else:
-        made = plan.prelude.run(*map(value, plan.prelude.inputs))
-        values |= {key: made[key[1]] for key in plan.read if key[0] == "stream"}
-        streams = [s.reshape(batch, steps, n) for s, n in zip(made, plan.core.stream_sizes, strict=True)]
-        del made
-    streams = [_ready(s, plan.dtype) for s in streams]
+        states, last, ends = staged(engine, x, start, values)
+        return Run(states, read(plan, values, states, start), last, ends)
+    weights = values.of(plan.weights)
+    streams = streams_of(plan, values)
     params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in weights]
     flat = [
         s if s.dim() == 2 and s.dtype == plan.dtype else s.reshape(batch, n).to(plan.dtype)
@@ -88,12 +71,47 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
     last = [_shaped(e, s, batch) for e, s in zip(flat_last, plan.states, strict=True)]
     values |= {("param", i): w for i, w in enumerate(weights)}
     streams.clear()  # what nothing else reads is gone before the readout makes more
-    return Run(states, _read(plan, values, value, states, start, batch, steps), last, flat_last)
+    return Run(states, read(plan, values, states, start), last, flat_last)
 
 
-def _read(
-    plan: Plan, values: dict[Any, Any], value: Callable[[Any], Any], states: list[Tensor], start: list[Tensor], batch: int, steps: int
-) -> list[Tensor]:
+class Values(dict[Any, Any]):
+    """What pieces read, by key: tensors that the cell uses, leaves of x with batch and time in one axis, what is made on the way."""
+
+    def __init__(self, x: Sequence[Tensor], attribute: Callable[[str], Tensor]) -> None:
+        self.x, self.attribute = x, attribute
+        self.batch, self.steps = x[0].shape[:2]
+        super().__init__({("batch",): self.batch * self.steps})
+
+    def __missing__(self, key: Any) -> Any:
+        match key[0]:
+            case "attr":
+                made = self.attribute(key[1])
+            case "x":
+                made = self.x[key[1]].reshape(self.batch * self.steps, *self.x[key[1]].shape[2:])
+            case _:
+                raise KeyError(key)
+        self[key] = made
+        return made
+
+    def of(self, piece: Any) -> Sequence[Tensor]:
+        """What a piece makes."""
+        return piece.run(*[self[key] for key in piece.inputs])  # type: ignore[no-any-return]
+
+
+def streams_of(plan: Plan, values: Values) -> list[Tensor]:
+    """What the recurrence reads at every step, [batch, time, numbers]: leaves of x, or what the prelude makes."""
+    x, batch, steps, sizes = values.x, values.batch, values.steps, plan.core.stream_sizes
+    if all(d is not None for d in plan.direct):
+        leaves = [x[d] for d in plan.direct if d is not None]
+        made = [v if v.dim() == 3 else v.reshape(batch, steps, n) for v, n in zip(leaves, sizes, strict=True)]
+    else:
+        flat = values.of(plan.prelude)
+        values |= {key: flat[key[1]] for key in plan.read if key[0] == "stream"}
+        made = [s.reshape(batch, steps, n) for s, n in zip(flat, sizes, strict=True)]
+    return [_ready(s, plan.dtype) for s in made]
+
+
+def read(plan: Plan, values: Values, states: list[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
     """The outputs [batch, time, ...], made from the states."""
     if plan.readout is None:
         return states
@@ -105,14 +123,14 @@ def _read(
             values["state", i] = before(s, y).flatten(0, 1)
     for key in plan.read:
         if key[0] == "stream" and key not in values:
-            values[key] = value(("x", plan.direct[key[1]]))
-    outputs = plan.readout.run(*map(value, plan.readout.inputs))
+            values[key] = values["x", plan.direct[key[1]]]
+    outputs = values.of(plan.readout)
     same = {id(values["next", i]): y for i, y in enumerate(states)}  # outputs that are states
-    return [same[id(o)] if id(o) in same else o.reshape(batch, steps, *o.shape[1:]) for o in outputs]
+    return [same[id(o)] if id(o) in same else o.reshape(values.batch, values.steps, *o.shape[1:]) for o in outputs]
 
 
 def staged(
-    engine: Engine, x: list[Tensor], start: list[Tensor], value: Callable[[Any], Any]
+    engine: Engine, x: list[Tensor], start: list[Tensor], values: Values
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """States [batch, time, ...], last states [batch, ...] and the same as the core has them, stage by stage."""
     batch, steps = x[0].shape[:2]
@@ -129,7 +147,7 @@ def staged(
             found, last_found, ends = done.states, done.last, done.end
         else:
             flat = {("x", i): given[i].flatten(0, 1) for i in stage.uses}
-            made = stage.piece.run(*(flat[key] if key in flat else value(key) for key in stage.piece.inputs))
+            made = stage.piece.run(*(flat[key] if key in flat else values[key] for key in stage.piece.inputs))
             shapes = [(engine.plan.states[i].shape, engine.plan.states[i].dtype) for i in stage.leaves]
             found = [m.to(d).expand(batch * steps, *s).reshape(batch, steps, *s) for m, (s, d) in zip(made, shapes, strict=True)]
             ends = last_found = [m[:, -1] for m in found]

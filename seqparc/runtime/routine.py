@@ -1,0 +1,42 @@
+"""Runs that go as those before them went: nothing is decided anew, nothing is learnt, and what is left to do in Python is little.
+
+Of a short run most is not its kernel. Once a shape has gone the same way a few times in a row, in one pass, the next runs go that way at
+once, and only the gap is looked at. Now and then one is watched again, so that what changes is noticed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seqparc.plan import Choice
+from seqparc.runtime.driver import PIECE, Cut, Outcome
+from seqparc.runtime.experience import RETRY, Experience
+
+#: Runs that go alike in a row before the next goes by routine, and runs after which one is watched again.
+ALIKE, AGAIN = 4, 64
+
+
+@dataclass
+class Routine:
+    """The way of one shape: why, and how it is cut."""
+
+    choice: Choice
+    cut: Cut
+    alike: int = 0  # runs that have gone this way in a row
+    left: int = 0  # runs that may go this way before one is watched
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether one pass is all there is to it: chunks that a warm-up leads up to, or steps that are run at one go."""
+        spans = self.cut.spans
+        return spans.lead is not None or (len(spans) == 1 and spans.steps <= PIECE)
+
+    def saw(self, steps: int, outcome: Outcome, known: Experience | None) -> None:
+        """A run that was watched went this way."""
+        choice = self.choice
+        simple = outcome.converged and outcome.passes == 1 and outcome.update == "none" and self.repeatable
+        # A sequential run may be but one of those that passes are compared with, or before a trial that is saved up for.
+        open_yet = choice.given_up and known is not None and known.undecided(steps)
+        self.alike = self.alike + 1 if simple and not open_yet else 0
+        if self.alike >= ALIKE:
+            self.left = AGAIN if not choice.given_up or known is None else min(AGAIN, RETRY - known.calls - 1)

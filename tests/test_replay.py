@@ -1,0 +1,224 @@
+"""Calls that go as earlier ones went: the answers of the plain loop, whatever changes in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqparc
+from seqparc.runtime.replay import Replay
+from seqparc.runtime.routine import AGAIN, ALIKE
+
+SHIFT = torch.tensor(0.25)
+
+
+class Scaled(nn.Module):
+    """A cell with a setting, a buffer, a submodule, a variable it closes over, a readout, and products on both sides of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.gain = 4, 0.9
+        self.w, self.u = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.out = nn.Parameter(torch.randn(2, 4))
+        self.register_buffer("floor", torch.full((4,), -0.5))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.maximum(self.gain * torch.tanh(self.w(x) + self.u(h)) + SHIFT * (1 if self.training else 2), self.floor)
+        return h @ self.out.T, h
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call that came so far was answered by a replay."""
+    seen: list[bool] = []
+    real = Replay.run
+
+    def run(self: Replay, *args: Any) -> Any:
+        seen.append((answer := real(self, *args)) is not None)
+        return answer
+
+    monkeypatch.setattr(Replay, "run", run)
+    return seen
+
+
+def settled(cell: Any, x: Any, **given: Any) -> seqparc.CompiledRNN:
+    """A cell that has been called so often that the next call is a replay."""
+    rnn = seqparc.compile(cell, **given)
+    with torch.no_grad():
+        for _ in range(ALIKE + 4):
+            rnn(x)
+    return rnn
+
+
+def same(rnn: seqparc.CompiledRNN, x: Any, state: Any = None) -> None:
+    with torch.no_grad():
+        mine, right = rnn(x, state), rnn.sequential(x, state)
+    for a, b in zip(torch.utils._pytree.tree_leaves(mine), torch.utils._pytree.tree_leaves(right), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+
+
+def _data(cell: Scaled) -> None:
+    cell.u.weight.data.mul_(-1)  # which moves no version of the parameter's
+
+
+def _other(cell: Scaled) -> None:
+    cell.u.weight = nn.Parameter(torch.randn(4, 4))
+
+
+def _equal(cell: Scaled) -> None:
+    old = cell.u.bias
+    cell.u.bias = nn.Parameter(old.detach().clone())  # the same numbers elsewhere
+    with torch.no_grad():
+        old.add_(9)
+
+
+def _one(cell: Scaled) -> None:
+    cell.w.weight.data[0, 0] += 1
+
+
+def _setting(cell: Scaled) -> None:
+    cell.gain = 0.1
+
+
+def _submodule(cell: Scaled) -> None:
+    cell.u = nn.Linear(4, 4)
+
+
+def _buffer(cell: Scaled) -> None:
+    cell.floor.fill_(0.4)
+
+
+def _narrower(cell: Scaled) -> None:
+    cell.out.data = cell.out.data[:1]
+
+
+def _closed(cell: Scaled) -> None:
+    global SHIFT
+    SHIFT = SHIFT + 0.5
+
+
+def _hook(cell: Scaled) -> None:
+    cell.u.register_forward_hook(lambda m, args, out: -out)
+
+
+CHANGES: dict[str, Callable[[Scaled], Any]] = {
+    "data": _data, "other": _other, "equal": _equal, "one": _one, "setting": _setting, "submodule": _submodule, "buffer": _buffer,
+    "eval": lambda cell: cell.eval(), "narrower": _narrower, "closed": _closed, "hook": _hook, "double": lambda cell: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_what_changes_counts_from_the_next_call_on(change: str, steps: int, replayed: list[bool]) -> None:
+    torch.manual_seed(0)
+    cell, x = Scaled(), torch.randn(2, steps, 3)
+    rnn = settled(cell, x)
+    same(rnn, x)
+    assert replayed[-1]
+    before = rnn(x)[0].detach()
+    CHANGES[change](cell)
+    if change == "double":
+        cell.double()
+        x = x.double()
+    same(rnn, x)
+    if change not in ("equal", "double"):
+        assert not torch.equal(rnn(x)[0], before)
+
+
+@pytest.mark.parametrize("cell, inputs", [(nn.GRUCell(3, 5), 3), (nn.LSTMCell(3, 20), 3), (nn.RNNCell(30, 4), 30)])
+@pytest.mark.parametrize("steps", [1, 7, 60])
+def test_other_numbers_in_the_same_shapes(cell: nn.Module, inputs: int, steps: int, replayed: list[bool]) -> None:
+    x = torch.randn(2, steps, inputs)
+    rnn = settled(cell, x)
+    with torch.no_grad():
+        _, last = rnn(x)
+        for _ in range(ALIKE + 2):
+            rnn(x, last)
+        kept = torch.utils._pytree.tree_leaves(rnn(x)[0])[0]
+        copy = kept.clone()
+    for _ in range(3):
+        x, state = torch.randn_like(x), torch.utils._pytree.tree_map(torch.randn_like, last)
+        same(rnn, x)
+        same(rnn, x, state)
+    assert replayed[-1] and torch.equal(kept, copy)  # a result is nobody else's memory
+    same(rnn, torch.randn(inputs, steps, 2).transpose(0, 2))  # as it lies otherwise
+
+
+@pytest.mark.clocked
+def test_chunks_are_replayed_and_their_gap_is_looked_at(replayed: list[bool]) -> None:
+    cell = nn.GRUCell(3, 16)
+    x = torch.randn(1, 20_000, 3)
+    rnn = settled(cell, x, options={"strategy": "shooting", "chunks": 16, "warmup": 64})
+    same(rnn, x)
+    assert replayed[-1] and rnn.stats.chunks == 16 and rnn.stats.passes == 1 and rnn.stats.gap > 0
+    with torch.no_grad():
+        cell.bias_hh[16:32] += 4.5  # remembers for much longer than the warm-up
+    same(rnn, x)
+    assert not replayed[-1] and rnn.stats.passes > 1
+
+
+def test_each_counts_and_now_and_then_one_is_watched(replayed: list[bool]) -> None:
+    x = torch.randn(1, 3, 3)
+    rnn = settled(nn.GRUCell(3, 4), x)
+    before = rnn.stats.history.calls
+    with torch.no_grad():
+        for _ in range(2 * AGAIN):
+            rnn(x)
+    assert rnn.stats.history.calls - before == 2 * AGAIN and rnn.stats.steps == 3
+    assert 1 <= replayed.count(False) <= 4
+
+
+def test_with_gradients_and_under_modes_it_is_not_replayed(replayed: list[bool]) -> None:
+    class Seen(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, 3, 3)
+    rnn = settled(nn.GRUCell(3, 4), x)
+    replayed.clear()
+    y, _ = rnn(x)
+    assert y.requires_grad and not replayed
+    with torch.no_grad(), Seen() as mode:
+        rnn(x)
+    assert mode.count and not any(replayed)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, _ = rnn(x)
+        right, _ = rnn.sequential(x)
+    assert y.dtype == right.dtype and not any(replayed)
+
+
+def test_a_start_that_is_made_anew_is_made_anew(replayed: list[bool]) -> None:
+    made = []
+    cell = nn.GRUCell(3, 4)
+    x = torch.randn(2, 3, 3)
+
+    def start(batch: int) -> Tensor:
+        made.append(torch.full((batch, 4), float(len(made))))
+        return made[-1]
+
+    rnn = settled(cell, x, state=start)
+    count = len(made)
+    with torch.no_grad():
+        y, _ = rnn(x)
+    assert len(made) == count + 1
+    torch.testing.assert_close(y, rnn.sequential(x, made[count])[0])
+
+
+def test_step_goes_on_from_step_to_step(replayed: list[bool]) -> None:
+    cell, x = nn.LSTMCell(3, 6), torch.randn(2, 12, 3)
+    rnn = seqparc.compile(cell)
+    with torch.no_grad():
+        right, _ = rnn.sequential(x)
+        state = None
+        for t in range(12):
+            y, state = rnn.step(x[:, t], state)
+            torch.testing.assert_close(torch.utils._pytree.tree_leaves(y)[0], torch.utils._pytree.tree_leaves(right)[0][:, t])
+    assert replayed[-1]
