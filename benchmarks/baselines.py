@@ -8,6 +8,7 @@ import importlib.resources
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ FLAGS = (
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loops, compiled for this machine with the compiler seqparc uses."""
+def library(inputs: int = 0, units: int = 0) -> ctypes.CDLL:
+    """The loops, compiled for this machine with the compiler seqparc uses; of dense cells those of one size."""
     header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
-    text = "#define SP_DOUBLE 0\n" + header + Path(__file__).with_name("baselines.c").read_text()
+    sizes = f"#define INPUTS {inputs}\n#define UNITS {units}\n" * bool(units)
+    text = "#define SP_DOUBLE 0\n" + sizes + header + Path(__file__).with_name("baselines.c").read_text()
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder, "baselines.c"), Path(folder, "baselines.so")
         source.write_text(text)
@@ -46,10 +48,12 @@ def elementwise_gru(x: Tensor, u: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     return y, last
 
 
-def dense_gru(cell: nn.GRUCell, x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """A GRUCell(8, 32) over x [1, steps, 8] from h0 [1, 32]."""
-    assert (cell.input_size, cell.hidden_size, len(x)) == (8, 32, 1)
+def dense(cell: Any, x: Tensor) -> Tensor:
+    """A cell of torch's over x [batch, steps, inputs] from zeros -> y [batch, steps, units]; these are whole fours and whole vectors."""
+    name = {nn.RNNCell: "rnn", nn.GRUCell: "gru", nn.LSTMCell: "lstm"}[type(cell)]
     weights = (cell.weight_ih.t().contiguous(), cell.weight_hh.t().contiguous(), cell.bias_ih, cell.bias_hh)
-    y, last = x.new_empty(1, x.shape[1], 32), torch.empty_like(h0)
-    library().dense_gru(*_pointers(x, *weights, h0, y, last), ctypes.c_int64(x.shape[1]))
-    return y, last
+    batch, steps, inputs = x.shape
+    y = x.new_empty(batch, steps, cell.hidden_size)
+    sizes = ctypes.c_int64(batch), ctypes.c_int64(steps), ctypes.c_int(torch.get_num_threads())
+    getattr(library(inputs, cell.hidden_size), f"dense_{name}")(*_pointers(x, *weights, y), *sizes)
+    return y

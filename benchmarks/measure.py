@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -10,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Case
+from resident import peak
+from subjects import SYSTEMS, Subject
 from torch import Tensor
 
 import seqparc
@@ -23,10 +28,15 @@ from seqparc.codegen.floor import Floor, floor
 from seqparc.runtime.reference import loop
 from seqparc.validate import Precise
 
-Timed = Callable[[], Any]
-
+#: What is measured beside where it is installed; of pararnn-torch peers.py knows.
+PEERS = ("jax", "numba")
 #: Milliseconds after which a system is not timed again.
-LONG = 8_000
+LONG = 1_000
+#: Calls before those that are timed, in which adaptive choices settle. One that takes SLOW milliseconds is the last, and is timed, if it is
+#: not the first of what compiles in its first calls.
+SETTLING, SLOW = 3, 1_000
+#: A call of fewer milliseconds is timed right after another of the same system, as in a loop, where caches and threads are its own.
+SHORT = 20
 
 
 def machine() -> dict[str, Any]:
@@ -37,6 +47,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "compiler": compiler()[1],
+        **{name: importlib.metadata.version(name) for name in PEERS if importlib.util.find_spec(name)},
         "seqparc": seqparc.__version__, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
@@ -48,63 +59,7 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def _first(result: Any) -> Tensor:
-    """The output of a layer or compiled cell; of a pair of states the first."""
-    y = result[0]
-    return y if isinstance(y, Tensor) else y[0]
-
-
-class Subject:
-    """One system on one case."""
-
-    def __init__(self, name: str, case: Case, cell: Any, call: Callable[[Tensor], Any], backward: bool = True, once: bool = False) -> None:
-        self.name, self.cell, self.call, self.once = name, cell, call, once
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(case.shape, generator=generator)
-        self.given = self.x.clone().requires_grad_()
-        self.weights = list(cell.parameters())
-        self.backward = backward
-        self.times: dict[str, list[float]] = {"fwd": [], "fwd+bwd": []}
-        self.cotangent: Tensor | None = None
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return _first(self.call(self.x))
-
-    def both(self) -> None:
-        """Forward, and the gradients of x and every parameter."""
-        y = _first(self.call(self.given))
-        if self.cotangent is None:
-            self.cotangent = torch.ones_like(y)
-        torch.autograd.grad(y, [self.given, *self.weights], self.cotangent)
-
-    def take(self, what: str) -> None:
-        begin = time.perf_counter()
-        self.forward() if what == "fwd" else self.both()
-        self.times[what].append(1000 * (time.perf_counter() - begin))
-
-
-def subjects(case: Case) -> list[Subject]:
-    """Every system that can run a case, on the same weights."""
-    torch.manual_seed(0)
-    cell = case.make()
-    found = []
-    plain = seqparc.compile(cell)
-    found.append(Subject("eager loop", case, cell, plain.sequential, once=True))
-    if case.builtin is not None:
-        layer = case.builtin(cell)
-        found.append(Subject("torch built-in", case, layer, layer))
-    if case.hand is not None:
-        h0 = torch.zeros(case.shape[0], cell.hidden_size)
-        hand = case.hand
-        found.append(Subject("C loop", case, cell, lambda x: hand(cell, x, h0), backward=False))
-    for name, strategy in (("seqparc sequential", "sequential"), ("seqparc", "auto")):
-        rnn = seqparc.compile(cell, options={"strategy": strategy})
-        found.append(Subject(name, case, rnn, rnn))
-    return found
-
-
-def truth(cell: Any, case: Case, x: Tensor, most: int = 4000) -> Tensor:
+def truth(cell: Any, x: Tensor, most: int = 4000) -> Tensor:
     """The first steps of the plain loop in float64."""
     rnn = seqparc.compile(cell)
     x = x[:, :most]
@@ -114,48 +69,90 @@ def truth(cell: Any, case: Case, x: Tensor, most: int = 4000) -> Tensor:
     return outputs[0]
 
 
-def measure(case: Case, repeats: int, tick: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows of one case: systems and directions take turns, so that a slow moment of the machine hits all of them."""
-    systems = subjects(case)
-    right = truth(systems[0].cell, case, systems[0].x)
-    rows = []
-    for s in systems:
-        tick(f"{case.name}: {s.name}")
+class Timed:
+    """A subject, and what is found out about it: milliseconds, bytes, the largest error against `right`, the first steps in float64."""
+
+    def __init__(self, subject: Subject, right: Tensor) -> None:
+        self.subject = subject
+        self.calls = {"fwd": subject.forward} | ({"fwd+bwd": subject.both} if subject.both else {})
+        self.times: dict[str, list[float]] = {what: [] for what in self.calls}
+        self.memory: dict[str, int | None] = {}
+        self.stats: dict[str, Any] = {}  # of the last call of each direction
+        self.short: dict[str, bool] = {}
+        self.first_s = self.before_s = 0.0  # in the first calls; in all that came before the turns
+        for what, times in self.times.items():
+            for n in range(SETTLING):
+                self.memory[what], result = peak(functools.partial(self.take, what))
+                if what == "fwd" and n == 0:
+                    y = subject.read(result)[:, : right.shape[1]]
+                    self.error = float((y.double() - right[:, : y.shape[1]]).abs().max())
+                del result
+                enough = subject.once or (times[-1] > SLOW and (n > 0 or subject.rnn is None))
+                if enough:
+                    break
+            self.first_s += times[0] / 1000
+            self.short[what] = times[-1] < SHORT
+            del times[: -1 if enough else None]
+
+    def take(self, what: str) -> Any:
+        """A call, timed."""
         begin = time.perf_counter()
-        y = s.forward()
-        if s.backward and not s.once:
-            s.both()
-        first = time.perf_counter() - begin
-        error = float((y[:, : right.shape[1]].double() - right).abs().max())
-        rows.append({"case": case.name, "shape": list(case.shape), "system": s.name, "first_call_s": first, "largest_error": error})
-        if not s.once:
-            for _ in range(2):  # the warm-up of adaptive choices
-                s.forward()
-                if s.backward:
-                    s.both()
-    for turn in range(repeats):
-        for what in ("fwd", "fwd+bwd"):
-            for s in systems:
-                if (turn == 0 or not s.once) and (what == "fwd" or s.backward) and sum(s.times[what]) < LONG:
-                    s.take(what)
-    least = floors(systems[-1], case)
-    for s, row in zip(systems, rows, strict=True):
-        row["floor"] = least
-        for what, times in s.times.items():
-            if times:
-                row[what] = {"median": statistics.median(times), "min": min(times), "max": max(times), "runs": len(times)}
-        if isinstance(s.cell, seqparc.CompiledRNN):
-            stats = s.cell.stats
-            row["compile_s"] = stats.compile_seconds
-            for key, part in (("forward", stats), ("backward", stats.backward)):
+        result = self.calls[what]()
+        self.times[what].append(1000 * self.subject.scale * (time.perf_counter() - begin))
+        if self.subject.rnn is not None:
+            self.stats[what] = self.subject.rnn.stats
+        return result
+
+    def row(self) -> dict[str, Any]:
+        s = self.subject
+        row: dict[str, Any] = {"system": s.name, "note": s.note, "largest_error": self.error}
+        row |= {"first_call_s": self.first_s, "before_s": self.before_s}
+        for what, times in self.times.items():
+            row[what] = {"median": statistics.median(times), "min": min(times), "max": max(times), "runs": len(times)}
+            if s.scale == 1 and self.memory[what] is not None:
+                row[what]["bytes"] = self.memory[what]
+        seconds = s.compile_s if s.rnn is None else s.rnn.stats.compile_seconds
+        if seconds is not None:
+            row["compile_s"] = seconds
+        if self.stats:
+            for key, part in (("forward", self.stats["fwd"]), ("backward", self.stats["fwd+bwd"].backward)):
                 if part is not None:
                     row[key] = {"chunks": part.chunks, "warmup": part.warmup, "passes": part.passes, "gap": part.gap}
-    return rows
+        return row
 
 
-def floors(s: Subject, case: Case) -> dict[str, Any]:
+def measure(case: Case, repeats: int, tick: Callable[[str], None], skip: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of one case: systems and directions take turns, so that a slow moment of the machine hits all. skip: names of systems."""
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # it compiles a function for so many cells at most
+    cell, x = case.make(), torch.randn(case.shape, generator=torch.Generator().manual_seed(1))
+    right = truth(cell, x)
+    systems = []
+    for name, make in SYSTEMS.items():
+        tick(f"{case.name}: {name}")
+        begin = time.perf_counter()
+        subject = None if name in skip else make(name, case, cell, x)
+        if subject is not None:
+            systems.append(Timed(subject, right))
+            systems[-1].before_s = time.perf_counter() - begin
+    tick(f"{case.name}: all by turns")
+    for _ in range(repeats):
+        for what in ("fwd", "fwd+bwd"):
+            for s in systems:
+                if not s.subject.once and what in s.calls and sum(s.times[what]) < LONG:
+                    if s.short[what]:
+                        s.calls[what]()
+                    s.take(what)
+    rnn = systems[-1].subject.rnn
+    assert rnn is not None
+    least = floors(rnn, case)
+    return [{"case": case.name, "shape": list(case.shape), "floor": least} | s.row() for s in systems]
+
+
+def floors(rnn: Any, case: Case) -> dict[str, Any]:
     """The least milliseconds that the recurrence takes on this processor, forward and with gradients, and what takes most of them."""
-    engine = s.cell.engine()
+    engine = rnn.engine()
     plan, adjoint = engine.plan, engine.plan.adjoint()
     weights = sum(o.columns.shape[0] * o.ix.shape[0] * o.ix.shape[1] for o in adjoint.outers)  # whose gradients are made outside the kernel
     batch, steps, _ = case.shape

@@ -1,12 +1,21 @@
-"""Other solvers of recurrences, where they are installed, at cases of their own: their cell, by their layer and by seqparc."""
+"""Other solvers of recurrences, where they are installed (`make zoo` does that), at cases of their own: their cell, by their layer and by
+seqparc.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from cases import Case
 from torch import Tensor, nn
+
+#: Where `make zoo` puts packages. Behind everything else on the path: some bring folders of general names.
+FOLDER = Path(__file__).parents[1] / ".venv" / "zoo"
+if FOLDER.is_dir() and str(FOLDER) not in sys.path:
+    sys.path.append(str(FOLDER))
 
 
 class Stepped(nn.Module):
