@@ -9,8 +9,8 @@ The generated text is meant to be read: see `CKernel.source`.
 
 from __future__ import annotations
 
-import importlib.resources
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ Ints = NDArray[np.integer[Any]]
 MOST_BLOCKS = 8
 #: Operations of a scalar program from which on the code for a second vector per tile is not worth compiling.
 MUCH_CODE = 130
+#: The vector header. (importlib.resources would take ten milliseconds to find it.)
+SIMD = Path(__file__).with_name("simd.h")
 #: Bytes of stack one thread may use for a tile.
 STACK_LIMIT = 2_000_000
 
@@ -163,7 +165,7 @@ class _Printer:
                     return inner
                 case _:
                     raise TypeError(type(value).__name__)
-        out.append(f"vf {name}[U_MOST]; EACH {name}[u] = {text};{comment}")
+        out.append(f"vf {name}[U]; EACH({name}[u] = {text});{comment}")
         memo[key] = name
         return name
 
@@ -205,23 +207,23 @@ class _Printer:
         at = self.position(position)
         match t.role:
             case "array":
-                return [f"EACH a{t.number}[{at}][u] = {name};"]
+                return [f"EACH(a{t.number}[{at}][u] = {name});"]
             case "next":
-                return [f"EACH n{t.number}[{at}][u] = {name};"]
+                return [f"EACH(n{t.number}[{at}][u] = {name});"]
             case "sum":
-                return [f"if (out) EACH c{t.number}[{at}][u] += KEEP({name});"]
+                return [f"if (out) EACH(c{t.number}[{at}][u] += KEEP({name}));"]
             case "emit":
                 s = self.program.emits[t.number]
                 index = s.index.array[:, position]
                 if t.number in self.kept:
-                    return [f"EACH e{t.number}[{at}][u] = {name};"]
+                    return [f"EACH(e{t.number}[{at}][u] = {name});"]
                 if self.scalar:
                     group, offset, mode = self.lane_group("y", s.slot, index)
                     if f"y{s.slot}" in self.windows:
-                        return [f"EACH y{s.slot}_w[y{s.slot}_k + {offset}][u] = {name};"]
-                    return [f"if (out && y{s.slot}) EACH STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name});"]
+                        return [f"EACH(y{s.slot}_w[y{s.slot}_k + {offset}][u] = {name});"]
+                    return [f"if (out && y{s.slot}) EACH(STORE_{mode}(y{s.slot} + {offset} + k * y{s.slot}_t, o{group} + u * W, {name}));"]
                 at = f"y{s.slot} + ({self.address(index)}) + k * y{s.slot}_t"
-                return [f"if (out && y{s.slot}) EACH STORE_ANY({at}, y{s.slot}_o + u * W, {name});"]
+                return [f"if (out && y{s.slot}) EACH(STORE_ANY({at}, y{s.slot}_o + u * W, {name}));"]
 
     def load_lines(self) -> list[str]:
         """Vector programs: everything the step reads of its streams."""
@@ -229,10 +231,10 @@ class _Printer:
         for leaf, number in self.loads.items():
             at = f"x{leaf.slot} + ({self.address(leaf.index.array[:, :1])}) + k * x{leaf.slot}_t"
             if _side_by_side(leaf.index.array):
-                lines.append(f"load_rows({at}, x{leaf.slot}_o, {leaf.size}, l{number}, U);")
+                lines.append(f"load_rows({at}, x{leaf.slot}_o, {leaf.size}, l{number});")
             else:
                 one = f"x{leaf.slot} + ({self.address(leaf.index.array)}) + k * x{leaf.slot}_t"
-                lines.append(f"for (int64_t i = 0; i < {leaf.size}; i++) EACH l{number}[i][u] = sp_gather({one}, x{leaf.slot}_o + u * W);")
+                lines.append(f"for (int64_t i = 0; i < {leaf.size}; i++) EACH(l{number}[i][u] = sp_gather({one}, x{leaf.slot}_o + u * W));")
         return lines
 
     def store_lines(self) -> list[str]:
@@ -243,9 +245,9 @@ class _Printer:
             for first, count, name in lying:
                 row = f"y{s.slot} + ({self.address(s.index.array[:, first : first + 1])}) + k * y{s.slot}_t"
                 lines += [
-                    f"if (out && y{s.slot} && full) store_rows({row}, y{s.slot}_o, {count}, {name}, U);",
+                    f"if (out && y{s.slot} && full) store_rows({row}, y{s.slot}_o, {count}, {name});",
                     f"else if (out && y{s.slot}) for (int64_t i = 0; i < {count}; i++)",
-                    f"  EACH put_live({row} + i, y{s.slot}_o + u * W, ({name})[i][u], length + u * W, k);",
+                    f"  EACH(put_live({row} + i, y{s.slot}_o + u * W, ({name})[i][u], length + u * W, k));",
                 ]
         return lines
 
@@ -278,10 +280,10 @@ class _Printer:
             column = self.address(np.maximum(v.ib.array, 0), g="e", i="q")
             return [
                 f"for (int64_t e = 0; e < {v.size}; e++) {{{comment}",
-                "  vf acc[U_MOST]; EACH acc[u] = sp_set1(0);",
+                "  vf acc[U]; EACH(acc[u] = sp_set1(0));",
                 f"  const real* restrict row = {w} + e * {k};",
-                f"  for (int64_t q = 0; q < {self.counts(v.ia.array)}; q++) EACH acc[u] += row[q] * {b}[{column}][u];",
-                f"  EACH a{out}[e][u] = acc[u];",
+                f"  for (int64_t q = 0; q < {self.counts(v.ia.array)}; q++) EACH(acc[u] += row[q] * {b}[{column}][u]);",
+                f"  EACH(a{out}[e][u] = acc[u]);",
                 "}",
             ]
         lines = []
@@ -291,10 +293,10 @@ class _Printer:
             lines += [
                 f"for (int64_t r = 0; r < {block.rows}; r += {h}) {{{comment}",
                 f"  const real* restrict row = {w} + {block.offset} + r * {k};",
-                f"  vf acc[{h}][U_MOST]; UNROLL for (int j = 0; j < {h}; j++) EACH acc[j][u] = sp_set1(0);",
+                f"  vf acc[{h}][U]; UNROLL for (int j = 0; j < {h}; j++) EACH(acc[j][u] = sp_set1(0));",
                 f"  for (int64_t q = 0; q < {k}; q++)",
-                f"    UNROLL for (int j = 0; j < {h}; j++) EACH acc[j][u] += row[q * {h} + j] * {b}[{column}][u];",
-                f"  UNROLL for (int j = 0; j < {h}; j++) EACH a{out}[{block.first} + r + j][u] = acc[j][u];",
+                f"    UNROLL for (int j = 0; j < {h}; j++) EACH(acc[j][u] += row[q * {h} + j] * {b}[{column}][u]);",
+                f"  UNROLL for (int j = 0; j < {h}; j++) EACH(a{out}[{block.first} + r + j][u] = acc[j][u]);",
                 "}",
             ]
         return lines
@@ -316,9 +318,9 @@ class _Printer:
         a, b = operand(v.a, v.ia.array), operand(v.b, v.ib.array)
         return [
             f"for (int64_t e = 0; e < {v.size}; e++) {{{comment}",
-            "  vf acc[U_MOST]; EACH acc[u] = sp_set1(0);",
-            f"  for (int64_t q = 0; q < {counts}; q++) EACH acc[u] += {a} * {b};",
-            f"  EACH a{out}[e][u] = acc[u];",
+            "  vf acc[U]; EACH(acc[u] = sp_set1(0));",
+            f"  for (int64_t q = 0; q < {counts}; q++) EACH(acc[u] += {a} * {b});",
+            f"  EACH(a{out}[e][u] = acc[u]);",
             "}",
         ]
 
@@ -340,9 +342,9 @@ class _Printer:
         start = "0" if v.fold == "sum" else "-INFINITY"
         return [
             f"for (int64_t e = 0; e < {v.size}; e++) {{",
-            f"  vf acc[U_MOST]; EACH acc[u] = sp_set1({start});",
-            f"  for (int64_t q = 0; q < {counts}; q++) EACH {step};",
-            f"  EACH a{out}[e][u] = acc[u];",
+            f"  vf acc[U]; EACH(acc[u] = sp_set1({start}));",
+            f"  for (int64_t q = 0; q < {counts}; q++) EACH({step});",
+            f"  EACH(a{out}[e][u] = acc[u]);",
             "}",
         ]
 
@@ -398,5 +400,4 @@ def _assemble(p: _Printer, body: list[str]) -> CSource:
     if stack > STACK_LIMIT:
         raise TooIrregularError(f"a tile needs {stack} bytes of stack")
     text = skeleton.render(p, body, arrays, following, states, sums, parts)
-    header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text("utf-8")
-    return CSource(text.replace("@SIMD@", header), tuple(p.packed), p.scalar, parts)
+    return CSource(text.replace("@SIMD@", SIMD.read_text("utf-8")), tuple(p.packed), p.scalar, parts)

@@ -19,24 +19,22 @@ HELPERS = """
 // Where numbers of step k lie in a window of W steps, n each. With time running backwards (a negative stride) so do the steps.
 INLINE int64_t in_window(int64_t k, int64_t time, int64_t n) { return (time < 0 ? W - 1 - k % W : k % W) * n; }
 
-// Every W steps: the numbers of the next W, loaded in rows where they lie side by side and no lane ends before.
-INLINE void load_window(const real* x, int64_t time, const int64_t* o, const int64_t n, int64_t k, int64_t shortest, int64_t longest,
-                        vf (*to)[U_MOST], const int U) {
-  if (k % W) return;
-  if (k + W <= shortest && (time == n || time == -n)) load_rows(x + (time < 0 ? k + W - 1 : k) * time, o, n * W, to, U);
+// To be called every W steps: the numbers of the next W, loaded in rows where they lie side by side and no lane ends before.
+APART void load_window(const real* x, int64_t time, const int64_t* o, const int64_t n, int64_t k, int64_t shortest, int64_t longest,
+                       vf (*to)[U]) {
+  if (k + W <= shortest && (time == n || time == -n)) load_rows(x + (time < 0 ? k + W - 1 : k) * time, o, n * W, to);
   else for (int64_t j = k; j < k + W && j < longest; j++) for (int64_t i = 0; i < n; i++)
-    EACH to[in_window(j, time, n) + i][u] = sp_gather(x + i + j * time, o + u * W);
+    EACH(to[in_window(j, time, n) + i][u] = sp_gather(x + i + j * time, o + u * W));
 }
 
-// Every W steps and after the last: the numbers of the steps since, stored likewise.
-INLINE void store_window(real* y, int64_t time, const int64_t* o, const int64_t n, int64_t k, int64_t shortest, int64_t longest,
-                         const int64_t* length, vf (*from)[U_MOST], const int U) {
+// To be called every W steps and after the last: the numbers of the steps since, stored likewise.
+APART void store_window(real* y, int64_t time, const int64_t* o, const int64_t n, int64_t k, int64_t shortest, int64_t longest,
+                        const int64_t* length, vf (*from)[U]) {
   const int last = k % W == W - 1;
-  if (!last && k != longest - 1) return;
   const int64_t first = k - k % W;
-  if (last && k < shortest && (time == n || time == -n)) store_rows(y + (time < 0 ? k : first) * time, o, n * W, from, U);
+  if (last && k < shortest && (time == n || time == -n)) store_rows(y + (time < 0 ? k : first) * time, o, n * W, from);
   else for (int64_t j = first; j <= k; j++) for (int64_t i = 0; i < n; i++)
-    EACH put_live(y + i + j * time, o + u * W, from[in_window(j, time, n) + i][u], length + u * W, j);
+    EACH(put_live(y + i + j * time, o + u * W, from[in_window(j, time, n) + i][u], length + u * W, j));
 }
 """
 

@@ -2,10 +2,25 @@
 #define SP_DOUBLE 0
 @SIMD@
 
-#define EACH UNROLL for (int u = 0; u < U; u++)
 #define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
-#define U_MOST 2
+#define APART static __attribute__((noinline, unused))  // what is seldom done is compiled once, and not wherever it is done
+
+// Tiles have U vectors. Those of each U are compiled apart, by -DPART=U, so that all can be compiled side by side; what is not of tiles
+// goes with those of one. What is done for EACH of them is written out before a compiler sees it: a loop
+// to be unrolled takes it twice as long.
+#ifndef PART
+#define PART 2
+#endif
+enum { U = PART };
+#define ONE(number, ...) { enum { u = number }; __VA_ARGS__; }
+#if PART == 1
+#define EACH(...) { ONE(0, __VA_ARGS__) }
+#elif PART == 2
+#define EACH(...) { ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) }
+#else
+#define EACH(...) { ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) ONE(2, __VA_ARGS__) ONE(3, __VA_ARGS__) }
+#endif
 
 // Lanes of the program side by side in a vector, or lanes of one place in the program from anywhere.
 #define SIDE_BY_SIDE (0 && 1 >= W)
@@ -27,7 +42,9 @@
 #define STORE_SIDE STORE_ANY
 #endif
 
-static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {
+APART void put(real* p, const int64_t* o, vf v) { sp_scatter(p, o, v); }
+
+APART void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }
 
@@ -35,7 +52,7 @@ static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o
 INLINE vf lately(vf m, vf s, vf fade) { const vf a = sp_abs(s), b = m * fade; return sp_select((vi)(a > b), a, b); }
 
 // n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
-INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {
+APART void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U]) {
   for (int u = 0; u < U; u++) {
     for (int64_t i = 0; i < n; i += W) {
       if (i + W > n && n >= W) i = n - W;
@@ -48,7 +65,7 @@ INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)
   }
 }
 
-INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_MOST], const int U) {
+APART void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U]) {
   for (int u = 0; u < U; u++) {
     for (int64_t i = 0; i < n; i += W) {
       if (i + W > n && n >= W) i = n - W;
@@ -63,7 +80,7 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 
 
 // One tile: U vectors of W lanes.
-INLINE void tile(const int64_t* args, int64_t block, const int U) {
+INLINE void tile(const int64_t* args, int64_t block) {
   const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];
   const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];
   real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];
@@ -77,21 +94,21 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
   const int64_t y0_b = args[19];
   const int64_t y0_t = args[20];
   double faded; __builtin_memcpy(&faded, args + 12, 8); const vf fade = sp_set1((real)faded);
-  int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], lane_x[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
+  int64_t lane_c[U * W], lane_b[U * W], lane_r[U * W], lane_x[U * W], begin[U * W], length[U * W];
   const int64_t per = (chunks * batch + U * W - 1) / (U * W), g = block / per; (void)g;
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) {
     int64_t cb = block % per * U * W + u * W + l; if (cb >= chunks * batch) cb = chunks * batch - 1;
     lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;
     lane_x[u * W + l] = cb / batch * (batch * row - start_c);  // the start state may be one for all chunks
   }
-  int64_t x0_o[U_MOST * W];
-  int64_t y0_o[U_MOST * W];
+  int64_t x0_o[U * W];
+  int64_t y0_o[U * W];
 #define G(l) g
-  vf s0[20][U_MOST]; for (int64_t i = 0; i < 20; i++) EACH for (int l = 0; l < W; l++) s0[i][u][l] = start[i + lane_r[u * W + l] - lane_x[u * W + l]];
-  vf m_s0[20][U_MOST]; for (int64_t i = 0; i < 20; i++) EACH m_s0[i][u] = sp_abs(s0[i][u]);
-  vf a0[26][U_MOST];
-  vf l0[20][U_MOST];
-  vf n0[20][U_MOST];
+  vf s0[20][U]; for (int64_t i = 0; i < 20; i++) EACH(for (int l = 0; l < W; l++) s0[i][u][l] = start[i + lane_r[u * W + l] - lane_x[u * W + l]]);
+  vf m_s0[20][U]; for (int64_t i = 0; i < 20; i++) EACH(m_s0[i][u] = sp_abs(s0[i][u]));
+  vf a0[26][U];
+  vf l0[20][U];
+  vf n0[20][U];
   // Twice over the same loop: the steps that lead up to the chunk, whose outputs nobody wants, then the chunk.
   for (int out = leads == 0; out < 2; out++) {
     for (int l = 0; l < U * W; l++) {
@@ -107,55 +124,51 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
     for (int l = 0; l < U * W; l++) y0_o[l] = lane_b[l] * y0_b + begin[l] * y0_t;
     for (int64_t k = 0; k < longest; k++) {
       const int full = k < shortest;
-      vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
-      load_rows(x0 + (0) + k * x0_t, x0_o, 20, l0, U);
+      vf live[U]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
+      load_rows(x0 + (0) + k * x0_t, x0_o, 20, l0);
       for (int64_t r = 0; r < 20; r += 5) {  // test_golden.py
         const real* restrict row = w0 + 0 + r * 20;
-        vf acc[5][U_MOST]; UNROLL for (int j = 0; j < 5; j++) EACH acc[j][u] = sp_set1(0);
+        vf acc[5][U]; UNROLL for (int j = 0; j < 5; j++) EACH(acc[j][u] = sp_set1(0));
         for (int64_t q = 0; q < 20; q++)
-          UNROLL for (int j = 0; j < 5; j++) EACH acc[j][u] += row[q * 5 + j] * s0[q][u];
-        UNROLL for (int j = 0; j < 5; j++) EACH a0[0 + r + j][u] = acc[j][u];
+          UNROLL for (int j = 0; j < 5; j++) EACH(acc[j][u] += row[q * 5 + j] * s0[q][u]);
+        UNROLL for (int j = 0; j < 5; j++) EACH(a0[0 + r + j][u] = acc[j][u]);
       }
       for (int64_t i = 0; i < 20; i++) {
-        vf v0[U_MOST]; EACH v0[u] = a0[i][u];  // test_golden.py
-        vf v2[U_MOST]; EACH v2[u] = (v0[u] + l0[i][u]);  // test_golden.py
-        vf v3[U_MOST]; EACH v3[u] = sp_tanh(v2[u]);  // test_golden.py
-        EACH n0[i][u] = v3[u];
+        vf v0[U]; EACH(v0[u] = a0[i][u]);  // test_golden.py
+        vf v2[U]; EACH(v2[u] = (v0[u] + l0[i][u]));  // test_golden.py
+        vf v3[U]; EACH(v3[u] = sp_tanh(v2[u]));  // test_golden.py
+        EACH(n0[i][u] = v3[u]);
       }
-      if (out && y0 && full) store_rows(y0 + (0) + k * y0_t, y0_o, 20, n0, U);
+      if (out && y0 && full) store_rows(y0 + (0) + k * y0_t, y0_o, 20, n0);
       else if (out && y0) for (int64_t i = 0; i < 20; i++)
-        EACH put_live(y0 + (0) + k * y0_t + i, y0_o + u * W, (n0)[i][u], length + u * W, k);
-      for (int64_t i = 0; i < 20; i++) EACH s0[i][u] = full ? n0[i][u] : sp_where(live[u], n0[i][u], s0[i][u]);
-      if (sizes) for (int64_t i = 0; i < 20; i++) EACH { const vf m = lately(m_s0[i][u], s0[i][u], fade); m_s0[i][u] = full ? m : sp_where(live[u], m, m_s0[i][u]); }
+        EACH(put_live(y0 + (0) + k * y0_t + i, y0_o + u * W, (n0)[i][u], length + u * W, k));
+      for (int64_t i = 0; i < 20; i++) EACH(s0[i][u] = full ? n0[i][u] : sp_where(live[u], n0[i][u], s0[i][u]));
+      if (sizes) for (int64_t i = 0; i < 20; i++) EACH(const vf m = lately(m_s0[i][u], s0[i][u], fade); m_s0[i][u] = full ? m : sp_where(live[u], m, m_s0[i][u]));
     }
     real* const to = out ? end : reached;
-    for (int64_t i = 0; i < 20; i++) EACH sp_scatter(to + i, lane_r + u * W, s0[i][u]);
+    for (int64_t i = 0; i < 20; i++) EACH(put(to + i, lane_r + u * W, s0[i][u]));
   }
-  if (sizes) for (int64_t i = 0; i < 20; i++) EACH sp_scatter(sizes + i, lane_r + u * W, m_s0[i][u]);
+  if (sizes) for (int64_t i = 0; i < 20; i++) EACH(put(sizes + i, lane_r + u * W, m_s0[i][u]));
 #undef G
 }
 
-// -DPART=u compiles the tiles of u vectors alone, so that all can be compiled side by side; what is not of tiles goes with those of one.
-#ifndef PART
-#define PART 0
-#endif
-#if PART == 0 || PART == 2
+#if PART == 2
 void seqparc_tiles_2(const int64_t* args, int64_t blocks, int threads) {
   #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-  for (int64_t block = 0; block < blocks; block++) tile(args, block, 2);
+  for (int64_t block = 0; block < blocks; block++) tile(args, block);
 }
 #else
 void seqparc_tiles_2(const int64_t* args, int64_t blocks, int threads);
 #endif
-#if PART == 0 || PART == 1
+#if PART == 1
 void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads) {
   #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-  for (int64_t block = 0; block < blocks; block++) tile(args, block, 1);
+  for (int64_t block = 0; block < blocks; block++) tile(args, block);
 }
 #else
 void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads);
 #endif
-#if PART == 0 || PART == 1
+#if PART == 1
 
 // How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
 // size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
@@ -201,7 +214,7 @@ void seqparc_scan(const real* restrict a, real* restrict d, int64_t chunks, int6
 
 // Vectors of lanes in hardware, and vectors per tile.
 int seqparc_width(void) { return W; }
-int seqparc_tile(void) { return U_MOST; }
+int seqparc_tile(void) { return 2; }
 
 void seqparc_run(const int64_t* args) {
   const int threads = (int)args[2];

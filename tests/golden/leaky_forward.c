@@ -2,10 +2,25 @@
 #define SP_DOUBLE 0
 @SIMD@
 
-#define EACH UNROLL for (int u = 0; u < U; u++)
 #define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
-#define U_MOST 4
+#define APART static __attribute__((noinline, unused))  // what is seldom done is compiled once, and not wherever it is done
+
+// Tiles have U vectors. Those of each U are compiled apart, by -DPART=U, so that all can be compiled side by side; what is not of tiles
+// goes with those of one. What is done for EACH of them is written out before a compiler sees it: a loop
+// to be unrolled takes it twice as long.
+#ifndef PART
+#define PART 4
+#endif
+enum { U = PART };
+#define ONE(number, ...) { enum { u = number }; __VA_ARGS__; }
+#if PART == 1
+#define EACH(...) { ONE(0, __VA_ARGS__) }
+#elif PART == 2
+#define EACH(...) { ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) }
+#else
+#define EACH(...) { ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) ONE(2, __VA_ARGS__) ONE(3, __VA_ARGS__) }
+#endif
 
 // Lanes of the program side by side in a vector, or lanes of one place in the program from anywhere.
 #define SIDE_BY_SIDE (1 && 12 >= W)
@@ -27,7 +42,9 @@
 #define STORE_SIDE STORE_ANY
 #endif
 
-static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {
+APART void put(real* p, const int64_t* o, vf v) { sp_scatter(p, o, v); }
+
+APART void put_live(real* p, const int64_t* o, vf v, const int64_t* length, int64_t k) {
   for (int l = 0; l < W; l++) if (k < length[l]) p[o[l]] = v[l];
 }
 
@@ -35,7 +52,7 @@ static __attribute__((noinline, unused)) void put_live(real* p, const int64_t* o
 INLINE vf lately(vf m, vf s, vf fade) { const vf a = sp_abs(s), b = m * fade; return sp_select((vi)(a > b), a, b); }
 
 // n numbers that lie side by side in memory, for every lane: loaded W at a time and turned, so that lanes lie side by side.
-INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U_MOST], const int U) {
+APART void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)[U]) {
   for (int u = 0; u < U; u++) {
     for (int64_t i = 0; i < n; i += W) {
       if (i + W > n && n >= W) i = n - W;
@@ -48,7 +65,7 @@ INLINE void load_rows(const real* p, const int64_t* o, const int64_t n, vf (*to)
   }
 }
 
-INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_MOST], const int U) {
+APART void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U]) {
   for (int u = 0; u < U; u++) {
     for (int64_t i = 0; i < n; i += W) {
       if (i + W > n && n >= W) i = n - W;
@@ -63,7 +80,7 @@ INLINE void store_rows(real* p, const int64_t* o, const int64_t n, vf (*from)[U_
 
 
 // One tile: U vectors of W lanes.
-INLINE void tile(const int64_t* args, int64_t block, const int U) {
+INLINE void tile(const int64_t* args, int64_t block) {
   const int64_t chunks = args[0], batch = args[1], row = args[10], start_c = args[11];
   const int64_t* const t0 = (const int64_t*)args[3]; const int64_t* const len = (const int64_t*)args[4];
   real* const reached = (real*)args[7]; real* const end = (real*)args[8]; real* const sizes = (real*)args[9];
@@ -79,8 +96,8 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
   const int64_t y0_b = args[21];
   const int64_t y0_t = args[22];
   double faded; __builtin_memcpy(&faded, args + 12, 8); const vf fade = sp_set1((real)faded);
-  int64_t lane_c[U_MOST * W], lane_b[U_MOST * W], lane_r[U_MOST * W], lane_x[U_MOST * W], begin[U_MOST * W], length[U_MOST * W];
-  int64_t lane_g[U_MOST * W];
+  int64_t lane_c[U * W], lane_b[U * W], lane_r[U * W], lane_x[U * W], begin[U * W], length[U * W];
+  int64_t lane_g[U * W];
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) {
 #if SIDE_BY_SIDE
     const int64_t per = (12 + W - 1) / W, all = chunks * batch * per;
@@ -94,17 +111,17 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
     lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;
     lane_x[u * W + l] = cb / batch * (batch * row - start_c);  // the start state may be one for all chunks
   }
-  int64_t o0[U_MOST * W];
-  int64_t o1[U_MOST * W];
-  int64_t o2[U_MOST * W];
-  int64_t o3[U_MOST * W];
+  int64_t o0[U * W];
+  int64_t o1[U * W];
+  int64_t o2[U * W];
+  int64_t o3[U * W];
   for (int l = 0; l < U * W; l++) o3[l] = lane_r[l] + lane_g[l] * 1;
-  vf p[1][U_MOST];
+  vf p[1][U];
   for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) p[0][u][l] = p0[lane_g[u * W + l]];
 #define G(l) lane_g[l]
-  vf s0[1][U_MOST]; EACH for (int l = 0; l < W; l++) s0[0][u][l] = start[0 + o3[u * W + l] - lane_x[u * W + l]];
-  vf m_s0[1][U_MOST]; EACH m_s0[0][u] = sp_abs(s0[0][u]);
-  vf n0[1][U_MOST];
+  vf s0[1][U]; EACH(for (int l = 0; l < W; l++) s0[0][u][l] = start[0 + o3[u * W + l] - lane_x[u * W + l]]);
+  vf m_s0[1][U]; EACH(m_s0[0][u] = sp_abs(s0[0][u]));
+  vf n0[1][U];
   // Twice over the same loop: the steps that lead up to the chunk, whose outputs nobody wants, then the chunk.
   for (int out = leads == 0; out < 2; out++) {
     for (int l = 0; l < U * W; l++) {
@@ -121,47 +138,43 @@ INLINE void tile(const int64_t* args, int64_t block, const int U) {
     for (int l = 0; l < U * W; l++) o2[l] = lane_b[l] * y0_b + begin[l] * y0_t + lane_g[l] * 1;
     for (int64_t k = 0; k < longest; k++) {
       const int full = k < shortest;
-      vf live[U_MOST]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
-      vf v0[U_MOST]; EACH v0[u] = LOAD_SIDE(x0 + 0 + k * x0_t, o0 + u * W);
-      vf v2[U_MOST]; EACH v2[u] = (v0[u] * s0[0][u]);  // test_golden.py
-      vf v3[U_MOST]; EACH v3[u] = LOAD_SIDE(x1 + 0 + k * x1_t, o1 + u * W);
-      vf v5[U_MOST]; EACH v5[u] = (p[0][u] * s0[0][u]);  // test_golden.py
-      vf v6[U_MOST]; EACH v6[u] = sp_tanh(v5[u]);  // test_golden.py
-      vf v7[U_MOST]; EACH v7[u] = (v3[u] * v6[u]);  // test_golden.py
-      vf v8[U_MOST]; EACH v8[u] = (v2[u] + v7[u]);  // test_golden.py
-      EACH n0[0][u] = v8[u];
-      if (out && y0) EACH STORE_SIDE(y0 + 0 + k * y0_t, o2 + u * W, v8[u]);
-      EACH s0[0][u] = full ? n0[0][u] : sp_where(live[u], n0[0][u], s0[0][u]);
-      if (sizes) EACH { const vf m = lately(m_s0[0][u], s0[0][u], fade); m_s0[0][u] = full ? m : sp_where(live[u], m, m_s0[0][u]); }
+      vf live[U]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
+      vf v0[U]; EACH(v0[u] = LOAD_SIDE(x0 + 0 + k * x0_t, o0 + u * W));
+      vf v2[U]; EACH(v2[u] = (v0[u] * s0[0][u]));  // test_golden.py
+      vf v3[U]; EACH(v3[u] = LOAD_SIDE(x1 + 0 + k * x1_t, o1 + u * W));
+      vf v5[U]; EACH(v5[u] = (p[0][u] * s0[0][u]));  // test_golden.py
+      vf v6[U]; EACH(v6[u] = sp_tanh(v5[u]));  // test_golden.py
+      vf v7[U]; EACH(v7[u] = (v3[u] * v6[u]));  // test_golden.py
+      vf v8[U]; EACH(v8[u] = (v2[u] + v7[u]));  // test_golden.py
+      EACH(n0[0][u] = v8[u]);
+      if (out && y0) EACH(STORE_SIDE(y0 + 0 + k * y0_t, o2 + u * W, v8[u]));
+      EACH(s0[0][u] = full ? n0[0][u] : sp_where(live[u], n0[0][u], s0[0][u]));
+      if (sizes) EACH(const vf m = lately(m_s0[0][u], s0[0][u], fade); m_s0[0][u] = full ? m : sp_where(live[u], m, m_s0[0][u]));
     }
     real* const to = out ? end : reached;
-    EACH sp_scatter(to + 0, o3 + u * W, s0[0][u]);
+    EACH(put(to + 0, o3 + u * W, s0[0][u]));
   }
-  if (sizes) EACH sp_scatter(sizes + 0, o3 + u * W, m_s0[0][u]);
+  if (sizes) EACH(put(sizes + 0, o3 + u * W, m_s0[0][u]));
 #undef G
 }
 
-// -DPART=u compiles the tiles of u vectors alone, so that all can be compiled side by side; what is not of tiles goes with those of one.
-#ifndef PART
-#define PART 0
-#endif
-#if PART == 0 || PART == 4
+#if PART == 4
 void seqparc_tiles_4(const int64_t* args, int64_t blocks, int threads) {
   #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-  for (int64_t block = 0; block < blocks; block++) tile(args, block, 4);
+  for (int64_t block = 0; block < blocks; block++) tile(args, block);
 }
 #else
 void seqparc_tiles_4(const int64_t* args, int64_t blocks, int threads);
 #endif
-#if PART == 0 || PART == 1
+#if PART == 1
 void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads) {
   #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1 && threads > 1)
-  for (int64_t block = 0; block < blocks; block++) tile(args, block, 1);
+  for (int64_t block = 0; block < blocks; block++) tile(args, block);
 }
 #else
 void seqparc_tiles_1(const int64_t* args, int64_t blocks, int threads);
 #endif
-#if PART == 0 || PART == 1
+#if PART == 1
 
 // How far the start state of chunk c is from the end state of chunk c - 1, in units of atol most + rtol size, into worst[c - 1]:
 // size is how large the number has been lately, most how large it has been so far. NaN is no way from NaN. Returns the largest.
@@ -207,7 +220,7 @@ void seqparc_scan(const real* restrict a, real* restrict d, int64_t chunks, int6
 
 // Vectors of lanes in hardware, and vectors per tile.
 int seqparc_width(void) { return W; }
-int seqparc_tile(void) { return U_MOST; }
+int seqparc_tile(void) { return 4; }
 
 void seqparc_run(const int64_t* args) {
   const int threads = (int)args[2];
