@@ -6,13 +6,13 @@ the Jacobian entry is zero, whatever the values of inputs and parameters (consta
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seqparc import ir, store
+from seqparc import ir
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
 
@@ -96,37 +96,37 @@ def _any(index: NDArray[np.int32], rows: Bools) -> Bools:
 def analyse(program: Program) -> Structure:
     """The structure of a program with one lane."""
     p = pattern(program)
-    # What a graph library finds in a pattern depends on the pattern alone, so it is found once and kept.
-    components, order = store.remembered("groups", f"{p.shape} {np.packbits(p).tobytes().hex()}", lambda: _groups(p))
-    return Structure(p, tuple(map(tuple, components)), tuple(map(tuple, order)))
+    return Structure(p, *groups(p))
 
 
-def _groups(p: Bools) -> tuple[list[list[int]], list[list[int]]]:
+def groups(p: Bools) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Components and, in an order they can be solved in, strongly connected groups."""
-    import networkx as nx
+    # A row is an integer of as many bits, so that a dense pattern of thousands takes no longer than a sparse one.
+    packed = np.packbits(p, axis=1, bitorder="little"), np.packbits(p, axis=0, bitorder="little").T
+    needs, needed = ([int.from_bytes(row.tobytes(), "little") for row in bits] for bits in packed)
+    meets = [a | b for a, b in zip(needs, needed, strict=True)]
+    return tuple(sorted(strongly_connected(meets, meets))), strongly_connected(needs, needed)
 
-    # Numbers with the same row and the same column are interchangeable, so the graph is drawn over such classes: one node
-    # for a dense cell of any size.
-    keys: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
-    for i in range(len(p)):
-        keys[(np.packbits(p[i]).tobytes(), np.packbits(p[:, i]).tobytes())].append(i)
-    classes = []
-    for members in keys.values():
-        alone = not p[members[0]].any() and not p[:, members[0]].any()
-        classes += [[m] for m in members] if alone else [members]
-    graph = nx.DiGraph()
-    graph.add_nodes_from(range(len(classes)))
-    heads = np.array([c[0] for c in classes])
-    for to, source in np.argwhere(p[np.ix_(heads, heads)]):
-        graph.add_edge(int(source), int(to))
-    for i, members in enumerate(classes):
-        if len(members) > 1 and p[members[0], members[1]]:
-            graph.add_edge(i, i)
 
-    def numbers(nodes: set[int]) -> list[int]:
-        return sorted(m for n in nodes for m in classes[n])
+def strongly_connected(needs: list[int], needed: list[int]) -> tuple[tuple[int, ...], ...]:
+    """Groups of numbers that need each other, each after all that it needs (Kosaraju 1978).
 
-    components = sorted(numbers(c) for c in nx.weakly_connected_components(graph))
-    condensed = nx.condensation(graph)
-    order = [numbers(condensed.nodes[n]["members"]) for n in nx.lexicographical_topological_sort(condensed)]
-    return components, order
+    Bit j of needs[i], and bit i of needed[j]: i needs j.
+    """
+    last = [i for found in _walk(needed, range(len(needed))) for i in found]
+    return tuple(tuple(sorted(group)) for group in _walk(needs, reversed(last)) if group)
+
+
+def _walk(follow: list[int], roots: Iterable[int]) -> Iterator[list[int]]:
+    """For every root what it leads to that no earlier one did, each after all that was found from there."""
+    new = (1 << len(follow)) - 1
+    for root in roots:
+        path, found = [root] if new >> root & 1 else [], []
+        new &= ~(1 << root)
+        while path:
+            if ahead := follow[path[-1]] & new:
+                path.append(ahead.bit_length() - 1)
+                new ^= 1 << path[-1]
+            else:
+                found.append(path.pop())
+        yield found

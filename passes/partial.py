@@ -1,33 +1,33 @@
 """Partial derivatives of the table's operations, as SymPy gave them, applied to values.
 
-What SymPy derives depends on the operation table alone, so it is derived once and kept: a process that finds it does not import SymPy.
+What SymPy derives depends on the operation table alone, so it is derived once and kept beside this file: nothing that compiles imports
+SymPy, which takes longer than a C compiler. `python -m seqparc.passes.symbolic` writes it anew; a test compares.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seqparc import ir, ops, store
+from seqparc import ir
 from seqparc.ir import Value
+
+#: Where the derivatives are kept.
+KEPT = Path(__file__).with_name("partials.json")
 
 
 @functools.cache
-def _templates() -> dict[str, list[Any]]:
-    def derive() -> dict[str, list[Any]]:
-        from seqparc.passes import symbolic
-
-        return symbolic.templates()
-
-    sources = (Path(ops.__file__), Path(__file__).with_name("symbolic.py"))
-    return store.remembered("partials", "".join(p.read_text("utf-8") for p in sources), derive)  # type: ignore[no-any-return]
+def templates() -> dict[str, list[Any]]:
+    """Of every operation, for each operand: the tangent g carried through it (see `seqparc.passes.symbolic.Template`)."""
+    return json.loads(KEPT.read_text("utf-8"))  # type: ignore[no-any-return]
 
 
 def carry(op: str, operand: int, args: tuple[Value, ...], y: Value, g: Value) -> Value | None:
     """The value g · ∂op/∂operand, linear in g, where y = op(args); None if the derivative is zero everywhere."""
-    template = _templates()[op][operand]
+    template = templates()[op][operand]
     return None if template is None else _fill(template, {**dict(zip("abc", args, strict=False)), "y": y, "g": g}, g.size)
 
 

@@ -6,6 +6,7 @@ SymPy derives what the operation table does not spell out, and writes Jacobian e
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import sympy
 from seqparc import ir
 from seqparc.ir import Value
 from seqparc.ops import OPS
+from seqparc.passes.partial import KEPT
 
 _A, _B, _C, _Y, _G = sympy.symbols("a b c y g", real=True)
 _ARGUMENTS = (_A, _B, _C)
@@ -61,9 +63,10 @@ def partials(op: str) -> tuple[sympy.Expr | None, ...]:
 Template = Any  # a name among a, b, c, y, g; a number; or [operation, templates…]
 
 
-def templates() -> dict[str, list[Template | None]]:
-    """Of every operation, for each operand: the tangent g carried through it, in operations of the table."""
-    return {name: [None if e is None else template(e) for e in partials(name)] for name in OPS}
+def templates() -> str:
+    """Of every operation, for each operand: the tangent g carried through it, in operations of the table. JSON, a line per operation."""
+    found = {name: [None if e is None else template(e) for e in partials(name)] for name in OPS}
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in found.items()) + "\n}\n"
 
 
 def template(expr: sympy.Expr) -> Template:
@@ -134,3 +137,7 @@ def to_sympy(value: Value, name: Mapping[Value, str], limit: int = 400) -> sympy
             case _:
                 done[v] = sympy.Symbol(f"{type(v).__name__.lower()}{len(done)}", real=True)
     return done[value]
+
+
+if __name__ == "__main__":
+    KEPT.write_text(templates(), "utf-8")

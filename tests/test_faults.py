@@ -305,7 +305,7 @@ assert rnn.stats.backend == 'c'
         spoil(found, how)
 
 
-@pytest.mark.parametrize("what", ["partials", "groups"])
+@pytest.mark.parametrize("what", ["compiler", "rates"])
 def test_a_spoilt_fact_is_found_again(what: str, fresh: Path) -> None:
     assert store.remembered(what, "key", lambda: [1, 2]) == [1, 2]
     (path,) = fresh.glob(f"{what}-*.json")

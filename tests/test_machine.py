@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to(fresh: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most[1]))
         with pytest.warns(SeqparcWarning, match="File too large"):
-            assert store.remembered("groups", "key", lambda: value) == value
+            assert store.remembered("compiler", "key", lambda: value) == value
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
     assert not list(fresh.iterdir())
@@ -208,20 +208,20 @@ def test_a_temporary_folder_with_an_odd_name(fresh: Path, tmp_path: Path, monkey
     ids=["another number", "another key", "null", "a list", "no value", "deep", "cut off", "no text"],
 )  # fmt: skip
 def test_a_fact_that_is_not_what_was_written_is_found_again(spoil: Callable[[str], str], fresh: Path) -> None:
-    assert store.remembered("groups", "key", lambda: [1, 2]) == [1, 2] == store.recall("groups", "key")
+    assert store.remembered("compiler", "key", lambda: [1, 2]) == [1, 2] == store.recall("compiler", "key")
     (path,) = fresh.glob("groups-*.json")
     path.write_text(spoil(path.read_text()), "utf-8", "surrogateescape")
-    assert store.recall("groups", "key") is None
-    assert store.remembered("groups", "key", lambda: [3]) == [3] == store.recall("groups", "key")
+    assert store.recall("compiler", "key") is None
+    assert store.remembered("compiler", "key", lambda: [3]) == [3] == store.recall("compiler", "key")
 
 
 def test_a_fact_is_that_of_its_own_question(fresh: Path) -> None:
-    store.keep("groups", "one", [1])
+    store.keep("compiler", "one", [1])
     (one,) = fresh.glob("groups-*.json")
-    store.keep("groups", "two", [2])
+    store.keep("compiler", "two", [2])
     (two,) = set(fresh.glob("groups-*.json")) - {one}
     shutil.copy(one, two)
-    assert store.recall("groups", "one") == [1] and store.recall("groups", "two") is None
+    assert store.recall("compiler", "one") == [1] and store.recall("compiler", "two") is None
 
 
 def test_clearing_the_cache_removes_nothing_of_anybody_else(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
