@@ -53,14 +53,14 @@ def pack(v: ir.Contract) -> tuple[list[Block], Ints]:
     ia, ib = v.ia.array, v.ib.array
     if (ib < 0).any() or not (ib == ib[:1]).all():
         # Rows that read different elements: if they share most of them, give every row all of them with zero weights.
-        union = np.unique(ib[ib >= 0])
+        union = np.flatnonzero(np.bincount(ib[ib >= 0]))
         if len(union) <= 4 * ib.shape[1] or len({r.tobytes() for r in ib}) > len(ib) // 2:
             column = np.zeros(int(union.max(initial=0)) + 1, np.int32)
             column[union] = np.arange(len(union))
             wide = np.full((len(ib), len(union)), -1, np.int32)
             rows, cols = np.nonzero(ib >= 0)
             target = column[ib[rows, cols]]
-            if len(np.unique(rows * len(union) + target)) != len(rows):
+            if not ir.distinct(rows * len(union) + target):
                 raise TooIrregularError("a row that reads one element twice")
             wide[rows, target] = ia[rows, cols]
             ia, ib = wide, np.broadcast_to(union.astype(np.int32), wide.shape)

@@ -208,7 +208,7 @@ def adjoint(program: Program) -> Adjoint:
         if total is None:
             continue
         flat = columns.reshape(-1)
-        direct = np.unique(flat).size == flat.size
+        direct = ir.distinct(flat)
         where, layout = (slot, columns) if direct else (len(emit_sizes), np.arange(flat.size).reshape(columns.shape))
         if not direct:
             emit_sizes.append(flat.size)

@@ -103,6 +103,6 @@ def _stores(program: Program, word: str, stores: tuple[Store, ...], sizes: tuple
         _shape(program, s.index, s.value.size, where)
         _range(s.index, 0, sizes[s.slot], where, f"elements of {word} {s.slot}")
         flat = s.index.array.reshape(-1)
-        once = np.unique(flat).size == flat.size and not written[s.slot][flat].any()
+        once = ir.distinct(flat) and not written[s.slot][flat].any()
         _require(once, where, f"writes elements of {word} {s.slot} that are written already")
         written[s.slot][flat] = True

@@ -15,13 +15,20 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: compiling makes many objects that stay, and each round looks through all of torch's (0.1 s)."""
+    """No garbage collection meanwhile: compiling makes many objects that stay, and a full round looks through all of torch's (0.1 s).
+
+    Afterwards all there is counts as old, unless somebody keeps objects from collection: so many new ones would else bring about a full
+    round at once.
+    """
     was = gc.isenabled()
     try:
         gc.disable()
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
