@@ -209,7 +209,7 @@ def test_a_temporary_folder_with_an_odd_name(fresh: Path, tmp_path: Path, monkey
 )  # fmt: skip
 def test_a_fact_that_is_not_what_was_written_is_found_again(spoil: Callable[[str], str], fresh: Path) -> None:
     assert store.remembered("compiler", "key", lambda: [1, 2]) == [1, 2] == store.recall("compiler", "key")
-    (path,) = fresh.glob("groups-*.json")
+    (path,) = fresh.glob("compiler-*.json")
     path.write_text(spoil(path.read_text()), "utf-8", "surrogateescape")
     assert store.recall("compiler", "key") is None
     assert store.remembered("compiler", "key", lambda: [3]) == [3] == store.recall("compiler", "key")
@@ -217,9 +217,9 @@ def test_a_fact_that_is_not_what_was_written_is_found_again(spoil: Callable[[str
 
 def test_a_fact_is_that_of_its_own_question(fresh: Path) -> None:
     store.keep("compiler", "one", [1])
-    (one,) = fresh.glob("groups-*.json")
+    (one,) = fresh.glob("compiler-*.json")
     store.keep("compiler", "two", [2])
-    (two,) = set(fresh.glob("groups-*.json")) - {one}
+    (two,) = set(fresh.glob("compiler-*.json")) - {one}
     shutil.copy(one, two)
     assert store.recall("compiler", "one") == [1] and store.recall("compiler", "two") is None
 
