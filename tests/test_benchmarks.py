@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import baselines  # noqa: E402
 import cases  # noqa: E402
+import choice  # noqa: E402
 import gpu  # noqa: E402
 import jaxscan  # noqa: E402
 import numbaloops  # noqa: E402
@@ -247,6 +248,13 @@ def test_scaling_runs_alone(tmp_path: Path) -> None:
     assert scaling.main(["--quick", "--only", "threads", "--threads", "1", "--out", str(tmp_path)]) == 0
     assert [r["value"] for r in json.loads((tmp_path / "scaling.json").read_text())["rows"]] == [1, 1]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_choice_is_held_against_a_search(tmp_path: Path) -> None:
+    assert choice.main(["--quick", "--only", "minGRU", "--threads", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "choice.json").read_text())["rows"]
+    assert rows and all(r["searched"] > 10 and r["best_s"] > 0 for r in rows)
+    assert choice.over({"chosen_s": 1.5, "best_s": 1.0}) == 0.5
 
 
 def test_a_cost_that_grows_is_not_flat() -> None:
