@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqparc
+from seqparc.codegen.launch import CKernel
 from seqparc.runtime.replay import Replay
 from seqparc.runtime.routine import AGAIN, ALIKE
 
@@ -222,3 +223,82 @@ def test_step_goes_on_from_step_to_step(replayed: list[bool]) -> None:
             y, state = rnn.step(x[:, t], state)
             torch.testing.assert_close(torch.utils._pytree.tree_leaves(y)[0], torch.utils._pytree.tree_leaves(right)[0][:, t])
     assert replayed[-1]
+
+
+class Leaky(nn.Module):
+    """What it reads at every step is x as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size = 20
+        self.u, self.scale = nn.Parameter(torch.linspace(-0.9, 0.9, 20)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.scale * torch.tanh(x + self.u * h)
+
+
+def ways_to_lie() -> dict[str, Callable[[Tensor], Tensor]]:
+    """From x [2, 9, 20] to the same numbers, or others of the same shape, as they may come."""
+    return {
+        "bfloat16": lambda x: x.bfloat16(), "float16": lambda x: x.half(), "integers": lambda x: (3 * x).to(torch.int32),
+        "numbers apart": lambda x: torch.stack((x, x), -1)[..., 0], "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "numbers first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0), "one for all": lambda x: x[:1].expand(2, -1, -1),
+        "every other": lambda x: torch.cat((x, x), 1)[:, ::2], "backwards a sample": lambda x: x.flip(0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ways_to_lie())
+@pytest.mark.parametrize("first", [True, False])
+def test_x_may_lie_as_it_likes(way: str, first: bool, replayed: list[bool]) -> None:
+    """Also where the first call that is replayed is of such an x, and where it comes after others."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 20)
+    odd = ways_to_lie()[way](x)
+    rnn = settled(Leaky(), odd if first else x)
+    for given in (odd, x, odd, odd):
+        with torch.no_grad():
+            mine, right = rnn(given)[0], rnn.sequential(given)[0]
+        torch.testing.assert_close(mine, right, atol=2e-6, rtol=2e-6)
+    assert any(replayed)
+
+
+def test_an_equal_number_of_another_kind_is_another(replayed: list[bool]) -> None:
+    cell, x = Leaky(), torch.randn(2, 4, 20)
+    rnn = settled(cell, x)
+    cell.scale = nn.Parameter(torch.ones(1))
+    same(rnn, x)
+    with torch.no_grad():
+        cell.scale.fill_(0.5)
+    same(rnn, x)
+    cell.label = _Unequal()
+    same(rnn, x)
+    cell.label = _Unequal()
+    same(rnn, x)
+
+
+class _Unequal:
+    """Something of a user's that will not be compared."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyError(other)
+
+
+def test_weights_are_kept_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = CKernel.prepare
+    monkeypatch.setattr(CKernel, "prepare", lambda self, params, streams: made.append(type(params)) or real(self, params, streams))
+    rnn = seqparc.compile(nn.GRUCell(3, 16))
+    with torch.no_grad():
+        for steps in range(1, 6):
+            for _ in range(ALIKE + 4):
+                rnn(torch.randn(1, steps, 3))
+        made.clear()
+        for steps in range(1, 6):
+            rnn(torch.randn(1, steps, 3))
+        assert not made
+        rnn.cell.bias_hh.add_(1)
+        for steps in range(1, 6):
+            rnn(torch.randn(1, steps, 3))
+    assert len(made) == 1

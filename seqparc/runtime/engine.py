@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqparc.errors import SeqparcWarning, ToolchainError
 from seqparc.ir import Program
+from seqparc.kept import Kept
 from seqparc.locks import Lock
 from seqparc.options import Options
 from seqparc.plan import Choice, History, Plan, Stats, combined
@@ -27,7 +28,7 @@ from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.making import Begun, uncollected
 from seqparc.runtime.opaque import OpaqueKernel
 from seqparc.runtime.pages import room
-from seqparc.runtime.routine import Routine
+from seqparc.runtime.routine import Routine, Routines
 from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
 from seqparc.runtime.weights import Places, of_params
@@ -79,7 +80,8 @@ class Engine:
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
         self.sure: dict[Shape, tuple[Cut, int, Outcome]] = {}  # shapes that converge, by which cut and in how many passes
         self.unwatched = 0
-        self.routines: dict[tuple[str, int, int, int], Routine] = {}  # by kernel, batch, steps and threads
+        self.routines = Routines()
+        self.kept: Kept | None = None  # the weights as they were in the last call that was replayed, and as its kernel was given them
         self.history = {"forward": History(), "backward": History()}
         self.converged: set[Shape] = set()  # shapes that did in chunks, once at least
         self.name = "the cell"
@@ -237,19 +239,14 @@ class Engine:
         else:
             outcome = self._watched(p, shape, choice, cut)
             if name == "c":
-                self._follow(key, steps, shape, choice, cut, outcome)
+                self.routines.follow(key, batch, steps, choice, cut, outcome, self.experience.get(shape))
         self.last[direction] = name, choice, cut, outcome
         return outcome.taken()
-
-    def routine(self, key: str, batch: int, steps: int) -> Routine | None:
-        """By which runs of a shape may go now."""
-        found = self.routines.get((key, batch, steps, torch.get_num_threads()))
-        return found if found is not None and found.left > 0 else None
 
     def by_routine(self, key: str, start: Tensor, steps: int, **problem: Any) -> tuple[Tensor, list[Tensor]] | None:
         """`solve` for a shape that has become routine; None where it has not, or where this run is another."""
         batch, direction = start.shape[0], key.partition(" ")[0]
-        routine = self.routine(key, batch, steps)
+        routine = self.routines.ready(key, batch, steps)
         if routine is None:
             return None
         begin = time.perf_counter()
@@ -275,16 +272,6 @@ class Engine:
         self.last[direction] = "c", choice, cut, Outcome(NOTHING, [], gaps=gaps, fade=cut.fade, batch=batch, seconds=seconds)
         self.history[direction].add(1, gap, True, choice.given_up)
         return True
-
-    def _follow(self, key: str, steps: int, shape: Shape, choice: Choice, cut: Cut, outcome: Outcome) -> None:
-        """See whether runs of a shape have become routine."""
-        at = key, shape[1], steps, torch.get_num_threads()
-        routine = self.routines.get(at)
-        if routine is None or routine.cut is not cut:
-            if len(self.routines) > 256:
-                self.routines.clear()
-            routine = self.routines[at] = Routine(choice, cut)
-        routine.saw(steps, outcome, self.experience.get(shape))
 
     @staticmethod
     def capturing() -> bool:

@@ -6,6 +6,7 @@ one is looked at: what surrounds it, the cell's parts and settings, shapes, dtyp
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from seqparc.kept import Kept, Prepared, worth_keeping
 from seqparc.runtime.calls import Call
-from seqparc.runtime.differentiable import parts
+from seqparc.runtime.differentiable import parts, unit
 from seqparc.runtime.driver import Cut
 from seqparc.runtime.engine import Engine, whole
 from seqparc.runtime.pages import room
 from seqparc.runtime.run import Values, read, streams_of
 from seqparc.runtime.slabs import count
-from seqparc.surroundings import autocast, modes, places, plain
+from seqparc.surroundings import autocast, memory, modes, places, plain
 from seqparc.tree import Structure, flatten
 
 #: Calls that are remembered, by shapes.
@@ -69,7 +70,7 @@ def repeatable(engine: Engine, call: Call) -> bool:
     flat = all(len(s.shape) == 1 and s.dtype == plan.dtype for s in plan.states) and not any(s.is_complex() for s in call.start)
     at_once = not engine.row_bytes or count(batch, steps, engine.row_bytes) == 1
     usual = autocast("cpu") is None and not modes()
-    return simple and flat and at_once and usual and engine.routine("forward", batch, steps) is not None
+    return simple and flat and at_once and usual and engine.routines.ready("forward", batch, steps) is not None
 
 
 def _copied(own: dict[str, Any]) -> dict[str, Any]:
@@ -83,53 +84,48 @@ class Replay:
     def __init__(self, rnn: Any, call: Call, engine: Engine, given: bool) -> None:
         plan, (batch, steps) = engine.plan, call.leaves[0].shape[:2]
         self.engine, self.convention, self.start = engine, call.convention, call.start
-        self.batch, self.steps, self.at = batch, steps, ("forward", batch, steps, torch.get_num_threads())
+        self.batch, self.steps = batch, steps
         self.row = None if given else whole(call.start).contiguous()  # what it starts from, if that is always the same
         self.made = rnn._made
         # What modules hold is compared as a whole, which is quick where it is the very same.
         self.held = [(m, type(m), _copied(m.__dict__)) for m in self.made.modules]
         self.dtypes = [t.dtype for t in (*call.leaves, *call.start)]
-        own = {id(t) for _, _, t in places(self.made.modules)}
-        # Name, the tensor, how it is looked up if no module has it as its own, shape and dtype.
-        self.attributes = [
-            (name, t := get(), None if id(t) in own else get, t.shape, t.dtype) for name, get in plan.attributes.items()
-        ]  # fmt: skip
+        # Where a module has it among its parameters or buffers a tensor is looked up there, else as it was found.
+        own = {id(t): functools.partial(table.get, name) for table, name, t in places(self.made.modules)}
+        self.attributes = [(name, own.get(id(t := get()), get), t.shape, t.dtype) for name, get in plan.attributes.items()]
         self.weights = [key[1] for key in plan.weights.inputs]
         x, sizes = call.leaves, plan.core.stream_sizes
-        self.direct = [d for d, n in zip(plan.direct, sizes, strict=True) if d is not None and x[d].shape[2:] == (n,)]
+        self.direct = [
+            d for d, n in zip(plan.direct, sizes, strict=True) if d is not None and x[d].shape[2:] == (n,) and x[d].dtype == plan.dtype
+        ]  # fmt: skip
         self.simple = len(self.direct) == len(plan.direct) and plan.readout is None  # nothing for torch to do
-        self.kept: Kept | None = None  # the weights as they were last, and as the kernel is given them
-        self.cut: Cut | None = None
-        self.again: Any = None  # the sweep of that cut, for streams of these strides
-        self.strides: list[tuple[int, ...]] = []
+        # The sweep of a cut, for streams of certain strides: put there as one, since other threads may put others there.
+        self.sweep: tuple[Cut | None, list[tuple[int, ...]], Any] = None, [], None
 
     def run(self, rnn: Any, x: list[Tensor], start: list[Tensor]) -> tuple[Any, Any] | None:
         """The call's answer, or None where it has to go another way."""
-        engine, routine = self.engine, self.engine.routines.get(self.at)
-        if routine is None or routine.left <= 0 or torch.get_num_threads() != self.at[3]:
-            return None
-        now = self._as_it_was(rnn, x, start)
-        if now is None:
+        engine = self.engine
+        routine = engine.routines.ready("forward", self.batch, self.steps)
+        if routine is None or (now := self._as_it_was(rnn, x, start)) is None:
             return None
         begin = time.perf_counter()
         values = None if self.simple else Values(x, now.__getitem__)
-        streams = [x[d] for d in self.direct] if values is None else streams_of(engine.plan, values)
+        kernel: Any = engine.kernels["forward"][1]
         params = self._params([now[name] for name in self.weights])
+        streams = [unit(x[d]) for d in self.direct] if values is None else kernel.prepare(params, streams_of(engine.plan, values))[1]
         row = self.row if self.row is not None else whole(start).contiguous()
         emits = [room(s, self.batch, self.steps, s.shape[1]) for s in start]
-        kernel: Any = engine.kernels["forward"][1]
-        cut = routine.cut
-        if cut is not self.cut:
-            self.again, self.cut = kernel.again(cut.spans, row, streams, params, emits, cut.fade), cut
-            self.strides = [s.stride() for s in streams]
-        if [s.stride() for s in streams] != self.strides:
-            return None
+        (cut, strides, again), lie = self.sweep, [s.stride() for s in streams]
+        if cut is not routine.cut or lie != strides:
+            cut = routine.cut
+            again = kernel.again(cut.spans, row, streams, params, emits, cut.fade)
+            self.sweep = cut, lie, again
         if len(cut.spans) == 1:
             gap, end = 0.0, row.new_empty(row.shape)
-            self.again.run(row, streams, params, emits, end)
+            again.run(row, streams, params, emits, end)
         else:
             ends, reached, sizes = (row.new_empty(len(cut.spans), *row.shape) for _ in range(3))
-            self.again.run(row, streams, params, emits, ends, reached, sizes)
+            again.run(row, streams, params, emits, ends, reached, sizes)
             gap, end = kernel.gap(reached, ends, sizes, cut.atol, cut.rtol)[0], ends.select(0, -1)
         if not engine.went("forward", routine, gap, self.batch, time.perf_counter() - begin):
             return None
@@ -146,27 +142,26 @@ class Replay:
             for m, kind, was in self.held:
                 if type(m) is not kind or m.__dict__ != was:
                     return None
-        except (RuntimeError, ValueError, TypeError):  # another tensor, or array, which does not say whether it is equal
+        except Exception:  # of whatever is another object now, which need not be one that can be compared
             return None
         if rnn._made is not self.made or not self.made.same_outside():
             return None
-        now = {}
-        for name, t, get, shape, dtype in self.attributes:
-            if get is not None and not plain((t := get(),)):
+        now: dict[str, Any] = {}
+        for name, get, shape, dtype in self.attributes:
+            now[name] = t = get()
+            if t is None or t.shape != shape or t.dtype is not dtype:
                 return None
-            now[name] = t
-            if t.shape != shape or t.dtype is not dtype or not t.is_cpu:
-                return None
-        return now if all(t.is_cpu for t in tensors) else None
+        tensors = (*tensors, *now.values())
+        return now if memory(tensors) and all(t.is_cpu for t in tensors) else None
 
     def _params(self, now: list[Tensor]) -> Prepared:
         """The weights as the kernel is given them."""
-        kept = self.kept
+        engine, kept = self.engine, self.engine.kept
         if kept is None or not kept.still(now):
-            keep, plan = worth_keeping(now), self.engine.plan
+            keep, plan = worth_keeping(now), engine.plan
             weights = [w.to(plan.dtype, copy=keep) for w in plan.weights.run(*now)]  # what is kept must not be memory of the user's
-            kernel: Any = self.engine.kernels["forward"][1]
+            kernel: Any = engine.kernels["forward"][1]
             made: Prepared = kernel.prepare(weights, ())[0]
-            self.kept = Kept(now, made) if keep else None
+            engine.kept = Kept(now, made) if keep else None
             return made
         return kept.made

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from seqparc.plan import Choice
 from seqparc.runtime.driver import PIECE, Cut, Outcome
 from seqparc.runtime.experience import RETRY, Experience
 
 #: Runs that go alike in a row before the next goes by routine, and runs after which one is watched again.
 ALIKE, AGAIN = 4, 64
+#: Shapes of an engine that are followed.
+MOST = 256
 
 
 @dataclass
@@ -40,3 +44,25 @@ class Routine:
         self.alike = self.alike + 1 if simple and not open_yet else 0
         if self.alike >= ALIKE:
             self.left = AGAIN if not choice.given_up or known is None else min(AGAIN, RETRY - known.calls - 1)
+
+
+class Routines:
+    """Those of one engine: by kernel, batch, steps and threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int, int], Routine] = {}
+
+    def ready(self, key: str, batch: int, steps: int) -> Routine | None:
+        """By which the next run of a shape may go; None if it is to be watched."""
+        found = self._known.get((key, batch, steps, torch.get_num_threads()))
+        return found if found is not None and found.left > 0 else None
+
+    def follow(self, key: str, batch: int, steps: int, choice: Choice, cut: Cut, outcome: Outcome, known: Experience | None) -> None:
+        """Learn from a run that was watched whether its shape has become routine."""
+        at = key, batch, steps, torch.get_num_threads()
+        found = self._known.get(at)
+        if found is None or found.cut is not cut:
+            if len(self._known) >= MOST:
+                self._known.clear()
+            found = self._known[at] = Routine(choice, cut)
+        found.saw(steps, outcome, known)
