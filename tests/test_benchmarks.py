@@ -253,7 +253,8 @@ def test_scaling_runs_alone(tmp_path: Path) -> None:
 def test_the_choice_is_held_against_a_search(tmp_path: Path) -> None:
     assert choice.main(["--quick", "--only", "minGRU", "--threads", "1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "choice.json").read_text())["rows"]
-    assert rows and all(r["searched"] > 10 and r["best_s"] > 0 for r in rows)
+    # One chunk, and 2, 4, 8 (and 16, 32) with every warm-up that they have room for: this cell forgets so fast that all of them converge.
+    assert [(r["T"], r["searched"]) for r in rows] == [(64, 1 + 4 + 3 + 2), (256, 1 + 6 + 5 + 4 + 3 + 2)]
     assert choice.over({"chosen_s": 1.5, "best_s": 1.0}) == 0.5
 
 
