@@ -33,7 +33,7 @@ from targets import Verdict, told, verdict, zoo  # noqa: E402
 #: Cells whose compile time is taken, and the most it may be (seconds).
 COMPILED = ("elementwise GRU", "GRU", "LSTM", "RNN tanh", "RNN relu", "minGRU", "sLSTM", "block GRU", "layer norm GRU", "IndRNN", "LEM",
             "peephole LSTM", "two levels", "affine", "sparse")  # fmt: skip
-COLD, WARM, FLAT = 4.0, 0.3, 0.2
+COLD, WARM, FLAT = 2.0, 0.15, 0.2
 
 COLOURS = {
     "eager loop": "0.8", "torch.compile, step": "0.65", "torch.compile, chunk": "0.5", "torch built-in": "tab:orange",
