@@ -126,7 +126,8 @@ def test_what_changes_counts_from_the_next_call_on(change: str, steps: int, repl
     if change == "double":
         cell.double()
         x = x.double()
-    same(rnn, x)
+    for _ in range(3):  # the first finds out, and those after it are replays again
+        same(rnn, x)
     if change not in ("equal", "double"):
         assert not torch.equal(rnn(x)[0], before)
 
