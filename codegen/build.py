@@ -192,11 +192,22 @@ def compiler() -> tuple[Command, str]:
 
 
 @functools.cache
-def machine() -> str:
-    """The processor as -march=native sees it."""
+def _features() -> str:
+    """What the processor can do, in its own words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")
-        flags = next(line for line in lines if line.lower().startswith(("flags", "features")))
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
     except (OSError, StopIteration):
-        flags = platform.processor()
-    return f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:16]}"
+        return platform.processor()
+
+
+@functools.cache
+def machine() -> str:
+    """The processor as -march=native sees it."""
+    return f"{platform.machine()} {hashlib.sha256(_features().encode()).hexdigest()[:16]}"
+
+
+@functools.cache
+def registers() -> int:
+    """Vector registers that there are at least."""
+    return 32 if "avx512f" in _features().split() else 16

@@ -1,24 +1,21 @@
-"""A lane program as C: one function that runs every chunk of every lane over its stretch of time.
+"""A lane program's step as C statements, over tiles of lanes.
 
 The lanes of a kernel are chunks × batch × lanes of the program. W of them share a hardware vector, U vectors a tile, and
 tiles are shared out over threads. Scalar programs have the program's lanes innermost, where their numbers lie side by
 side in memory; vector programs keep all lanes of a tile on one lane of the program, so that weights are broadcast.
-
-The generated text is meant to be read: see `CKernel.source`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seqparc import ir
-from seqparc.codegen.pack import ROWS, Packed, pack
-from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, runs, schedule
+from seqparc.codegen.pack import ROWS, Packed, height, pack
+from seqparc.codegen.schedule import Loop, Schedule, Target, TooIrregularError, runs
 from seqparc.codegen.window import windows
 from seqparc.ir import Program, Value
 from seqparc.ops import OPS
@@ -27,35 +24,23 @@ Ints = NDArray[np.integer[Any]]
 
 #: Row blocks of one contraction that are written out; more become a loop over rows.
 MOST_BLOCKS = 8
-#: Operations of a scalar program from which on the code for a second vector per tile is not worth compiling.
-MUCH_CODE = 130
-#: The vector header. (importlib.resources would take ten milliseconds to find it.)
-SIMD = Path(__file__).with_name("simd.h")
-#: Bytes of stack one thread may use for a tile.
+#: Bytes of stack one thread may use.
 STACK_LIMIT = 2_000_000
 
 
-@dataclass(frozen=True)
-class CSource:
-    """What `emit` gives: the source and how its arguments are laid out."""
-
-    text: str
-    packed: tuple[Packed, ...]
-    scalar: bool
-    parts: tuple[int, ...]  # what can be compiled apart, by -DPART=: the tiles of so many vectors
-
-
 @dataclass
-class _Printer:
+class Printer:
+    """Prints one program, for a processor with so many vector registers."""
+
     program: Program
     double: bool
-    lines: list[str] = field(default_factory=list)
+    plan: Schedule
+    registers: int
     tables: dict[bytes, str] = field(default_factory=dict)
     declared: list[str] = field(default_factory=list)
     packed: list[Packed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plan: Schedule = schedule(self.program, by_element=True)
         self.scalar = all(v.size == 1 for v in ir.topological(self.program.outputs))
         self.groups: dict[tuple[str, int, object], int] = {}  # offset arrays: (kind, slot, how the lane enters)
         self.param_regs: dict[ir.Leaf, int] = {}
@@ -66,7 +51,7 @@ class _Printer:
         if not self.scalar:
             lie = {v: f"n{i}" for i, v in enumerate(self.program.next)} | {v: f"a{n}" for v, n in self.plan.arrays.items()}
             for i, s in enumerate(self.program.emits):
-                if _side_by_side(s.index.array):
+                if side_by_side_in_memory(s.index.array):
                     self.kept[i] = runs(s.value, lie) or [(0, s.value.size, f"e{i}")]
 
     # -- addresses -----------------------------------------------------------------------------------------------------
@@ -118,15 +103,14 @@ class _Printer:
         src = getattr(value, "src", None)
         comment = f"  // {src.label}" if src else ""
         if value in self.plan.arrays:
-            text = f"a{self.plan.arrays[value]}[{self.position(position)}][u]"
+            text = self.read(self.array_name(value), position)
         else:
             match value:
                 case ir.Const(value=number):
                     memo[key] = f"sp_set1({_number(number, self.double)})"
                     return memo[key]
                 case ir.Leaf(kind="state"):
-                    number = self.program.state.index(value)
-                    text = f"s{number}[{self.position(position)}][u]"
+                    text = self.read(self.array_name(value), position)
                     if self.scalar:
                         memo[key] = text
                         return text
@@ -138,20 +122,18 @@ class _Printer:
                             memo[key] = f"x{slot}_w[x{slot}_k + {offset}][u]"
                             return memo[key]
                     else:
-                        text = f"l{self.loads[value]}[{self.position(position)}][u]"
-                        memo[key] = text
-                        return text
-                case ir.Leaf(kind="param", slot=slot, index=index):
+                        memo[key] = self.read(self.array_name(value), position)
+                        return memo[key]
+                case ir.Leaf(kind="param"):
                     if self.scalar and self.program.lanes > 1:
-                        leaf = value
-                        number = self.param_regs.setdefault(leaf, len(self.param_regs))
+                        number = self.param_regs.setdefault(value, len(self.param_regs))
                         memo[key] = f"p[{number}][u]"
                         return memo[key]
-                    text = f"sp_set1(p{slot}[{self.address(index.array[:, position])}])"
+                    text = self.param(value, position)
                 case ir.Map(op=op, operands=operands):
                     names = [self.expression(a, position, memo, out) for a in operands]
                     name = f"v{len(memo)}"
-                    text = OPS[op].c.format(*(n if n.endswith((")", "]")) else f"{n}[u]" for n in names))
+                    text = OPS[op].c.format(*map(self.use, names))
                 case ir.Gather(sources=sources, which=which, index=index):
                     w = which.array[position]
                     if not (w == w[0]).all():
@@ -165,19 +147,42 @@ class _Printer:
                     return inner
                 case _:
                     raise TypeError(type(value).__name__)
-        out.append(f"vf {name}[U]; EACH({name}[u] = {text});{comment}")
+        out.append(self.local(name, text) + comment)
         memo[key] = name
         return name
 
-    def position(self, position: Ints) -> str:
-        return self.address(position[None], g="0")
+    def read(self, array: str, position: Ints) -> str:
+        return f"{array}[{self.position(position)}][u]"
+
+    def param(self, leaf: ir.Leaf, position: Ints) -> str:
+        return f"sp_set1(p{leaf.slot}[{self.address(leaf.index.array[:, position])}])"
+
+    def local(self, name: str, text: str) -> str:
+        return f"vf {name}[U]; EACH({name}[u] = {text});"
 
     def use(self, name: str) -> str:
         return name if name.endswith((")", "]")) else f"{name}[u]"
 
+    def position(self, position: Ints) -> str:
+        return self.address(position[None], g="0")
+
     # -- statements ----------------------------------------------------------------------------------------------------
 
-    def loop(self, loop: Loop) -> list[str]:
+    def lines(self) -> list[str]:
+        """The step."""
+        lines: list[str] = []
+        for part in self.plan.parts:
+            match part:
+                case Loop():
+                    lines += self.loop(part)
+                case ir.Contract():
+                    lines += self.contract(part)
+                case ir.Reduce():
+                    lines += self.reduce(part)
+        return lines
+
+    def body(self, loop: Loop) -> list[str]:
+        """What is done for one element of every target."""
         memo: dict[tuple[Value, bytes], str] = {}
         body: list[str] = []
         for t in loop.targets:
@@ -185,6 +190,10 @@ class _Printer:
                 continue  # written from where it lies
             name = self.use(self.expression_of(t, memo, body))
             body += self.store(t, name)
+        return body
+
+    def loop(self, loop: Loop) -> list[str]:
+        body = self.body(loop)
         if not body:
             return []
         if loop.size == 1:
@@ -230,7 +239,7 @@ class _Printer:
         lines = []
         for leaf, number in self.loads.items():
             at = f"x{leaf.slot} + ({self.address(leaf.index.array[:, :1])}) + k * x{leaf.slot}_t"
-            if _side_by_side(leaf.index.array):
+            if side_by_side_in_memory(leaf.index.array):
                 lines.append(f"load_rows({at}, x{leaf.slot}_o, {leaf.size}, l{number});")
             else:
                 one = f"x{leaf.slot} + ({self.address(leaf.index.array)}) + k * x{leaf.slot}_t"
@@ -264,16 +273,10 @@ class _Printer:
         comment = f"  // {v.src.label}" if v.src else ""
         if not (isinstance(v.a, ir.Leaf) and v.a.kind == "param"):
             return self.contract_values(v, comment)
-        blocks, weight = pack(v)
+        blocks, weight = pack(v, lambda rows: height(rows, ROWS[self.registers]))
         if len(blocks) > MOST_BLOCKS:  # rows that all read something else: one loop over rows, addresses from a table
             blocks, weight = [], v.ia.array.reshape(-1)
-        leaf = np.asarray(v.a.index.array)
-        same = bool((leaf == leaf[:1]).all())
-        rows = leaf[:1] if same else leaf
-        packed = np.where(weight[None] < 0, -1, rows[:, np.maximum(weight, 0)])
-        number = len(self.packed)
-        self.packed.append(Packed(v.a.slot, ir.Index(packed)))
-        w = f"w{number}" if same else f"w{number} + g * {packed.shape[1]}"
+        w = self.weight(v.a, weight)
         b = self.array_name(v.b)
         if not blocks:
             k = v.ia.shape[1]
@@ -300,6 +303,14 @@ class _Printer:
                 "}",
             ]
         return lines
+
+    def weight(self, leaf: ir.Leaf, order: Ints) -> str:
+        """Where the elements of a weight lie that are packed in some order, -1 for zero."""
+        lanes = leaf.index.array[:1] if (leaf.index.array == leaf.index.array[:1]).all() else leaf.index.array
+        packed = np.where(order[None] < 0, -1, lanes[:, np.maximum(order, 0)])
+        self.packed.append(Packed(leaf.slot, ir.Index(packed)))
+        name = f"w{len(self.packed) - 1}"
+        return name if len(lanes) == 1 else f"{name} + g * {packed.shape[1]}"
 
     def contract_values(self, v: ir.Contract, comment: str) -> list[str]:
         """A product of two lane values."""
@@ -349,15 +360,7 @@ class _Printer:
         ]
 
 
-def _width(p: _Printer) -> int:
-    """Vectors per tile: as many as hide the latency of a step's chain of operations; one where that would be much code."""
-    if not p.scalar:
-        return 2
-    operations = sum(not isinstance(v, ir.Leaf) for v in ir.topological(p.program.outputs))
-    return 1 if operations > MUCH_CODE else 4 if p.program.n <= 2 else 2
-
-
-def _side_by_side(index: Ints) -> bool:
+def side_by_side_in_memory(index: Ints) -> bool:
     """Whether the elements of every lane lie one after the other in memory."""
     return index.shape[1] > 1 and bool((np.diff(index, axis=1) == 1).all())
 
@@ -368,36 +371,3 @@ def _number(value: float, double: bool) -> str:
     if value in (float("inf"), float("-inf")):
         return "INFINITY" if value > 0 else "-INFINITY"
     return repr(value) if double else f"{float(np.float32(value))!r}f" if abs(value) < 3e38 else repr(value)
-
-
-def emit(program: Program, double: bool) -> CSource:
-    """The C source of a program."""
-    printer = _Printer(program, double)
-    body: list[str] = []
-    for part in printer.plan.parts:
-        match part:
-            case Loop():
-                body += printer.loop(part)
-            case ir.Contract():
-                body += printer.contract(part)
-            case ir.Reduce():
-                body += printer.reduce(part)
-    return _assemble(printer, body)
-
-
-def _assemble(p: _Printer, body: list[str]) -> CSource:
-    from seqparc.codegen import skeleton
-
-    width = _width(p)
-    parts = (1,) if width == 1 else (width, 1)
-    arrays = [(f"a{number}", v.size + ROWS) for v, number in p.plan.arrays.items()]
-    arrays += [(f"l{number}", v.size) for v, number in p.loads.items()]
-    arrays += [(name, count) for kept in p.kept.values() for _, count, name in kept if name.startswith("e")]
-    following = [(f"n{i}", v.size) for i, v in enumerate(p.program.next)]
-    states = [(f"s{i}", v.size) for i, v in enumerate(p.program.state)]
-    sums = [(f"c{i}", s.value.size) for i, s in enumerate(p.program.sums)]
-    stack = sum(n for _, n in (*arrays, *following, *states, *sums, *sums, *sums)) * width * 64
-    if stack > STACK_LIMIT:
-        raise TooIrregularError(f"a tile needs {stack} bytes of stack")
-    text = skeleton.render(p, body, arrays, following, states, sums, parts)
-    return CSource(text.replace("@SIMD@", SIMD.read_text("utf-8")), tuple(p.packed), p.scalar, parts)

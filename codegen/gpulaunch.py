@@ -73,6 +73,10 @@ class TritonKernel:
             return -(-multiprocessors(self.device) * RESIDENT // (batch * lanes))
         return -(-self.block * -(-multiprocessors(self.device) // lanes) // batch)
 
+    def pace(self, chunks: int, batch: int, threads: int) -> float:
+        """See `seqparc.runtime.driver.Kernel`."""
+        return max(1.0, chunks / self.chunks_wanted(batch, threads))
+
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See `seqparc.runtime.driver.Kernel`. Weights become tiles; streams of 16 bits are read as they are."""
         given = [p if p.is_contiguous() else p.contiguous() for p in params]

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from seqparc.codegen import openmp
-from seqparc.codegen.build import load
-from seqparc.codegen.c import CSource, emit
+from seqparc.codegen.build import SYMBOLS, load, registers
 from seqparc.codegen.packing import Packing
+from seqparc.codegen.source import CSource, emit
 from seqparc.ir import Program
 from seqparc.kept import Prepared
 from seqparc.spans import LATELY, Spans
 
 #: Where arguments of a kernel are; the streams' begin at FIRST.
 THREADS, START, REACHED, END, SIZES, FIRST = 2, 6, 7, 8, 9, 13
+#: Few lanes that a thread runs together.
+TOGETHER = 4
+#: What a step takes, in what one more of few lanes does. Those that run together wait ALONE for chains of operations; a lane of a tile, for
+#: all of which weights are read once, takes TILED, and less where weights have at least MANY bytes. A vector more of a scalar program's
+#: tile is HIDDEN behind what the one before it waits for, if it is small: tiles by their vectors, in what one of one vector takes.
+ALONE, TILED, MANY, HIDDEN = 1.5, {False: 1.375, True: 1.0}, 1 << 17, {1: 1.0, 2: 2.0, 4: 3.2}
 #: A number as the kernel is given it, among addresses and sizes.
 _NUMBER, _BITS = struct.Struct("d"), struct.Struct("q")
 
@@ -31,22 +37,29 @@ class CKernel:
     Raises `ToolchainError` if there is no compiler, `TooIrregularError` if the program does not fit the skeleton.
     """
 
-    chunk_per_warmup = 4
+    chunk_per_warmup = 1
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
-        self.program, self.dtype = program, dtype
-        self.compiled: CSource = emit(program, dtype is torch.float64)
-        library = load(self.compiled.text, self.compiled.parts)
+    def __init__(self, program: Program, dtype: torch.dtype, threads: int | None = None) -> None:
+        """threads: how many the way of running is chosen for, where results may not depend on how many there are."""
+        self.program, self.dtype, self.threads = program, dtype, threads
+        self.compiled: CSource = emit(program, dtype is torch.float64, registers())
+        ways = {"seqparc_run": self.compiled.packed}
+        if self.compiled.few is not None:
+            ways["seqparc_run_few"] = self.compiled.few
+        library = load(self.compiled.text, self.compiled.parts, tuple(dict.fromkeys((*SYMBOLS, *ways))))
         openmp.runs_on(library)
-        self._run, self._gap, self._scan = library.seqparc_run, library.seqparc_gap, library.seqparc_scan
+        self._gap, self._scan = library.seqparc_gap, library.seqparc_scan
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._run.argtypes, self._run.restype = [pointer], None
+        # The second is for few lanes, if there is one.
+        self._ways = [(getattr(library, name), Packing(packed)) for name, packed in ways.items()]
+        for run, _ in self._ways:
+            run.argtypes, run.restype = [pointer], None
         sizes: list[Any] = [number, number, ctypes.c_double, ctypes.c_double]
         self._gap.argtypes, self._gap.restype = [pointer, pointer, pointer, *sizes, pointer], ctypes.c_double
         self._scan.argtypes, self._scan.restype = [pointer, pointer, number, number, number, number], None
         self.vector = int(library.seqparc_width())
         self.tile = int(library.seqparc_tile())
-        self._packing = Packing(self.compiled.packed)
+        self._many = sum(w.index.array.size for w in self.compiled.packed) * dtype.itemsize >= MANY
 
     @property
     def source(self) -> str:
@@ -57,11 +70,43 @@ class CKernel:
         tile, lanes = self.vector * self.tile, self.program.lanes
         if self.compiled.scalar:
             return -(-threads * tile // (batch * lanes))
+        if len(self._ways) > 1 and not self._many:
+            return -(-threads * TOGETHER // (batch * lanes))
         return -(-tile * -(-threads // lanes) // batch)  # a tile of a vector program holds one of its lanes
+
+    def pace(self, chunks: int, batch: int, threads: int) -> float:
+        """See `seqparc.runtime.driver.Kernel`."""
+
+        def step(lanes: int) -> float:
+            return self._beside(lanes, threads) if self._is_few(lanes, threads) else self._tiled(lanes, threads)
+
+        return step(chunks * batch) / step(batch)
+
+    def few(self, lanes: int) -> bool:
+        """Whether each lane's numbers are to lie side by side."""
+        return self._is_few(lanes, self.threads or openmp.threads())
+
+    def _is_few(self, lanes: int, threads: int) -> bool:
+        return len(self._ways) > 1 and self._beside(lanes, threads) < self._tiled(lanes, threads)
+
+    def _beside(self, lanes: int, threads: int) -> float:
+        """What a step of so many lanes takes, each with its numbers side by side."""
+        each = -(-lanes * self.program.lanes // threads)
+        return ALONE * -(-each // TOGETHER) + each
+
+    def _tiled(self, lanes: int, threads: int) -> float:
+        """The same in tiles."""
+        if not self.compiled.scalar:
+            tiles = -(-lanes // (self.vector * self.tile)) * self.program.lanes
+            return TILED[self._many] * self.vector * self.tile * -(-tiles // threads)
+        vectors = -(-lanes * self.program.lanes // self.vector)
+        width = self.tile if vectors >= self.tile * threads else 1
+        return HIDDEN[width] * -(-vectors // (width * threads))
 
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[Prepared, list[Tensor]]:
         """See `seqparc.runtime.driver.Kernel`."""
-        return self._packing(params), [x if x.dtype == self.dtype else x.to(self.dtype) for x in streams]
+        given = params if isinstance(params, Prepared) else Prepared([p if p.is_contiguous() else p.contiguous() for p in params])
+        return given, [x if x.dtype == self.dtype else x.to(self.dtype) for x in streams]
 
     def sweep(
         self,
@@ -77,21 +122,23 @@ class CKernel:
         fade: float = LATELY,
     ) -> Tensor:
         """Run chunks from their start states; see `seqparc.runtime.driver.Kernel`."""
+        assert isinstance(params, Prepared)
         if not start.is_contiguous():
             start = start.contiguous()
         end = start.new_empty((len(spans), *start.shape[-2:]))
-        args = self._arguments(spans, start, streams, params, emits, sums, backwards, fade)
+        run, packing = self._ways[self.few(end.shape[0] * end.shape[1])]
+        args = self._arguments(spans, start, streams, params.addresses(packing), emits, sums, backwards, fade)
         args[END] = end.data_ptr()
         if reached is not None:
             args[REACHED] = reached.data_ptr()
         if sizes is not None:
             args[SIZES] = sizes.data_ptr()
         packed = array("q", args)  # lives as long as the call
-        self._run(packed.buffer_info()[0])
+        run(packed.buffer_info()[0])
         return end
 
     def _arguments(
-        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[int], emits: Sequence[Tensor | None],
         sums: Sequence[Tensor | None], backwards: bool, fade: float,
     ) -> list[int]:  # fmt: skip
         """As the generated code reads them; no end states, no reached ones and no sizes yet."""
@@ -103,18 +150,20 @@ class CKernel:
         time = _from_the_end if backwards else _from_the_start
         for x in streams:
             args += time(x)
-        args += params.addresses if isinstance(params, Prepared) else [p.data_ptr() for p in params]
+        args += params
         for y in emits:
             args += (0, 0, 0) if y is None else time(y)
         args += [0 if z is None else z.data_ptr() for z in sums]
         return args
 
     def again(
-        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor], fade: float
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Prepared, emits: Sequence[Tensor], fade: float
     ) -> Again:
         """A forward sweep that can be run again on other tensors that lie alike."""
-        args = self._arguments(spans, start, streams, params, emits, (), False, fade)
-        return Again(self._run, args, len(streams), len(params))
+        run, packing = self._ways[self.few(len(spans) * start.shape[0])]
+        addresses = params.addresses(packing)
+        args = self._arguments(spans, start, streams, addresses, emits, (), False, fade)
+        return Again(run, packing, args, len(streams), len(addresses))
 
     def scan(self, a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
         """See `seqparc.runtime.driver.Kernel`."""
@@ -136,8 +185,8 @@ class CKernel:
 class Again:
     """A sweep whose arguments are known, but for where tensors lie."""
 
-    def __init__(self, run: Callable[[int], None], args: Sequence[int], streams: int, params: int) -> None:
-        self._run, self._args = run, array("q", args)
+    def __init__(self, run: Callable[[int], None], packing: Packing, args: Sequence[int], streams: int, params: int) -> None:
+        self._run, self._packing, self._args = run, packing, array("q", args)
         self._params = FIRST + 3 * streams  # where they begin
         self._emits = self._params + params
 
@@ -152,7 +201,7 @@ class Again:
             args[REACHED], args[SIZES] = reached.data_ptr(), sizes.data_ptr()
         for at, x in zip(range(FIRST, self._params, 3), streams, strict=True):
             args[at] = x.data_ptr()
-        args[self._params : self._emits] = params.addresses
+        args[self._params : self._emits] = params.addresses(self._packing)
         at = self._emits
         for y in emits:
             args[at] = y.data_ptr()

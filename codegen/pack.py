@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from seqparc.codegen.schedule import TooIrregularError
 
 Ints = NDArray[np.integer[Any]]
 
-#: Most rows of a contraction that are computed together: with two vectors per tile, 12 accumulators of the 16 registers of AVX2.
-ROWS = 6
-#: Rows that hide the latency of a multiply-add, and what a row less than ROWS costs, as the other factor is read more often.
+#: Most rows of a contraction that are computed together, by vector registers; with two vectors per tile, three quarters of those are sums.
+ROWS = {16: 6, 32: 12}
+#: Rows that lie side by side where they are put into vectors: a vector of the widest machine, so that text and weights are alike for all.
+WIDEST = 16
+#: Rows that hide the latency of a multiply-add, and what a row less than the most costs, as the other factor is read more often.
 LATENCY, READING = 4, 0.03
 
 
@@ -36,20 +39,23 @@ class Block:
     rows: int
     columns: Ints
     offset: int  # in the packed weight
-    height: int  # rows that are computed together
+    height: int  # rows that lie side by side in it, column by column
 
 
-def height(rows: int) -> int:
-    """How many of a block's rows to compute together: what leaves few places empty."""
+def height(rows: int, most: int) -> int:
+    """How many of a block's rows to compute together, at most so many: what leaves few places empty."""
 
     def cost(h: int) -> float:
-        return -(-rows // h) * max(h, LATENCY) * (1 + READING * (ROWS - h))
+        return -(-rows // h) * max(h, LATENCY) * (1 + READING * (most - h))
 
-    return min(range(1, ROWS + 1), key=cost)
+    return min(range(1, most + 1), key=cost)
 
 
-def pack(v: ir.Contract) -> tuple[list[Block], Ints]:
-    """Row blocks of a contraction with a weight, and the weight's elements in the order they are read."""
+def pack(v: ir.Contract, height: Callable[[int], int]) -> tuple[list[Block], Ints]:
+    """Row blocks of a contraction with a weight, and the weight's elements in the order they are read.
+
+    height: how many of so many rows are to lie side by side.
+    """
     ia, ib = v.ia.array, v.ib.array
     if (ib < 0).any() or not (ib == ib[:1]).all():
         # Rows that read different elements: if they share most of them, give every row all of them with zero weights.
@@ -67,12 +73,15 @@ def pack(v: ir.Contract) -> tuple[list[Block], Ints]:
     starts = np.concatenate([[0], np.flatnonzero((np.diff(ib, axis=0) != 0).any(1)) + 1, [len(ib)]])
     blocks, pieces, offset = [], [], 0
     for first, stop in itertools.pairwise(starts.tolist()):
-        rows = stop - first
-        h = height(rows)
-        padded = -(-rows // h) * h
-        block = np.full((padded, ib.shape[1]), -1, np.int32)
-        block[:rows] = ia[first:stop]
-        pieces.append(block.reshape(-1, h, ib.shape[1]).transpose(0, 2, 1).reshape(-1))
-        blocks.append(Block(first, rows, np.maximum(ib[first], 0).astype(np.int32), offset, h))
-        offset += block.size
+        h = height(stop - first)
+        pieces.append(side_by_side(ia[first:stop], h))
+        blocks.append(Block(first, stop - first, np.maximum(ib[first], 0).astype(np.int32), offset, h))
+        offset += pieces[-1].size
     return blocks, np.concatenate(pieces)
+
+
+def side_by_side(rows: Ints, height: int, fill: int = -1) -> Ints:
+    """[rows, columns] with so many rows side by side, column by column; `fill` where there are no more."""
+    padded = np.full((-(-len(rows) // height) * height, rows.shape[1]), fill, np.int32)
+    padded[: len(rows)] = rows
+    return padded.reshape(-1, height, rows.shape[1]).transpose(0, 2, 1).reshape(-1)

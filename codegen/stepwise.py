@@ -60,6 +60,10 @@ class StepKernel:
         """See `seqparc.runtime.driver.Kernel`."""
         return -(-multiprocessors(self.device) * RESIDENT // (batch * self.program.lanes * self.program.n))
 
+    def pace(self, chunks: int, batch: int, threads: int) -> float:
+        """See `seqparc.runtime.driver.Kernel`."""
+        return max(1.0, chunks / self.chunks_wanted(batch, threads))
+
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See `seqparc.runtime.driver.Kernel`. The products' matrices follow the parameters."""
         given = [p.reshape(-1) for p in params]

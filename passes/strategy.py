@@ -10,6 +10,8 @@ from seqparc.plan import Choice
 
 #: Steps after which a cell is first assumed to have forgotten its start; adapted from run to run.
 FIRST_WARMUP = 32
+#: Fewer chunks are taken if they take at most so many times as long as the best number.
+NEARLY = 1.05
 #: Largest dense state for which the exact update, n + 1 times the work of a pass, is offered.
 EXACT_LIMIT = 32
 
@@ -21,14 +23,16 @@ def corrections(n: int, scalar: bool) -> tuple[str, ...]:
 
 @functools.lru_cache(512)
 def choose(
-    options: Options, *, steps: int, best: int, n: int, scalar: bool, affine: bool, warmup: int | None, passes: float = 1,
-    per_warmup: int = 4, slower: str | None = None,
+    options: Options, *, steps: int, paces: tuple[tuple[int, float], ...], n: int, scalar: bool, affine: bool, warmup: int | None,
+    passes: float = 1, per_warmup: int = 1, slower: str | None = None,
 ) -> Choice:
-    """Decide for `steps` steps of lanes of n numbers, of which `best` chunks fill the device.
+    """Decide for `steps` steps of lanes of n numbers.
 
-    `warmup` and `passes` are what earlier runs have shown to be needed, `slower` why they were not worth it; a chunk is at least
-    `per_warmup` warm-ups long.
+    `paces`: numbers of chunks, the last of which fills the device, and how long a step of so many takes, times that of one. `warmup` and
+    `passes` are what earlier runs have shown to be needed, `slower` why they were not worth it; a chunk is at least `per_warmup` warm-ups
+    long.
     """
+    best = paces[-1][0]
     strategy, reasons = options.strategy, []
     if strategy == "auto":
         strategy = "sequential" if best == 1 else "shooting"
@@ -48,13 +52,16 @@ def choose(
         reasons.append("chunks asked for")
         if options.warmup is None:
             guess = min(guess, steps // chunks)
+        times = {chunks: passes * (steps // chunks) + guess}
     else:
-        chunks = max(1, min(best, steps // max(1, per_warmup * guess)))
+        # In steps of one chunk. Where the least differ by little fewer chunks are taken: they warm up less, and are right more often.
+        times = {c: pace * (passes * -(-steps // c) + guess) for c, pace in paces if c > 1 and c * per_warmup * guess <= steps}
+        chunks = min((c for c in times if times[c] <= NEARLY * min(times.values())), default=1)
         if chunks < best:
-            reasons.append(f"{chunks} chunks: each is to be {per_warmup} warm-ups of {guess} steps at least")
-    if chunks == 1:
+            reasons.append(f"{chunks} chunks: as many as pay where each is led up to by {guess} steps")
+    if chunks == 1 or (options.chunks is None and passes == 1 and times[chunks] >= steps):
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
-    if options.strategy == "auto" and (slower or passes * (steps // chunks) + guess >= steps):
+    if options.strategy == "auto" and (slower or times[chunks] >= steps):
         why = slower or ("earlier runs did not converge" if passes == math.inf else f"earlier runs took {passes} passes of {chunks} chunks")
         return Choice("sequential", 1, 0, ("none",), (*reasons, why), given_up=True)
     if affine and offered[0] == "exact" and update == "auto" and guess * per_warmup > steps // chunks:

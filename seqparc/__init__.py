@@ -48,6 +48,7 @@ def _validate(*args: Any) -> Any:
 def _backends(options: Options, device: torch.device) -> list[tuple[str, Any]]:
     """Backends to try, in order."""
     from seqparc.codegen.launch import CKernel
+    from seqparc.runtime.engine import THREADS
     from seqparc.runtime.interpreter import TorchKernel
 
     asked = options.backend
@@ -59,7 +60,8 @@ def _backends(options: Options, device: torch.device) -> list[tuple[str, Any]]:
 
         return stepwise.kernel(program, dtype, where, options.precision)
 
-    made = {"c": lambda program, dtype, where: CKernel(program, dtype), "triton": triton, "torch": TorchKernel}
+    threads = THREADS if options.deterministic else None
+    made = {"c": lambda program, dtype, where: CKernel(program, dtype, threads), "triton": triton, "torch": TorchKernel}
     first = asked if asked != "auto" else {"cpu": "c", "cuda": "triton"}.get(device.type, "torch")
     return [(name, made[name]) for name in dict.fromkeys((first, "torch"))]
 

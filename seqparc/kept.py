@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,27 @@ from torch import Tensor
 #: Bytes up to which what was made of tensors is kept: to compare larger ones takes about as long as to make it anew.
 MOST = 1 << 20
 
+#: Makes something of parameters.
+Pack = Callable[[Sequence[Tensor]], list[Tensor]]
+
 _compare = ctypes.CDLL(None).memcmp
 _compare.argtypes, _compare.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
 
 
 class Prepared(list[Tensor]):
-    """Parameters as a kernel is given them: whole ones, then packed ones. `addresses`: where they lie."""
+    """Parameters as a kernel is given them, and what it packs of them, which is packed when it is first read."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__(params)
-        self.addresses = array("q", [p.data_ptr() for p in params])
+        self._packed: dict[Pack, tuple[list[Tensor], array[int]]] = {}
+
+    def addresses(self, pack: Pack) -> array[int]:
+        """Where the parameters lie, and after them what is packed of them in one way."""
+        found = self._packed.get(pack)
+        if found is None:
+            made = pack(self)
+            found = self._packed[pack] = made, array("q", [t.data_ptr() for t in (*self, *made)])
+        return found[1]
 
 
 class Kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import platform
 import re
 import shutil
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 import seqparc
 from seqparc.codegen import sweep
-from seqparc.codegen.c import emit
+from seqparc.codegen.source import HEADERS, emit
 from seqparc.plan import Plan
 
 FOLDER = Path(__file__).parent / "golden"
@@ -96,13 +95,19 @@ def planned(cell: nn.Module, inputs: int, backend: str) -> Plan:
     return engine.plan
 
 
+def headers() -> dict[str, str]:
+    """What is pasted into every kernel, by file."""
+    return {name: path.read_text() for name, path in HEADERS.items()}
+
+
 def generated(name: str) -> dict[str, str]:
     make, inputs = CELLS[name]
     plan = planned(make(), inputs, "torch")
-    header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
     programs = {"forward": plan.program, "backward": plan.adjoint().program, "forward diagonal": plan.jacobian("forward", "diagonal")}
     texts = {f"{name} {which}.c".replace(" ", "_"): emit(p, double=False).text for which, p in programs.items()}
-    return {file: re.sub(r"(test_golden\.py):\d+", r"\1", text.replace(header, "@SIMD@\n")) for file, text in texts.items()}
+    for header, text in headers().items():
+        texts = {file: whole.replace(text, f"@{header}@\n") for file, whole in texts.items()}
+    return {file: re.sub(r"(test_golden\.py):\d+", r"\1", text) for file, text in texts.items()}
 
 
 def generated_triton(name: str) -> dict[str, str]:
@@ -128,10 +133,11 @@ MACHINES = [*(("cc", f) for f in X86 if platform.machine() == "x86_64"), ("aarch
 def test_it_compiles_for_every_vector_width(compiler: str, machine: str, tmp_path: Path) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} here")
-    header = importlib.resources.files("seqparc.codegen").joinpath("simd.h").read_text()
     for file in sorted(FOLDER.glob("*.c")):
         for double in (0, 1):
-            text = file.read_text().replace("@SIMD@\n", header).replace("#define SP_DOUBLE 0", f"#define SP_DOUBLE {double}")
+            text = file.read_text().replace("#define SP_DOUBLE 0", f"#define SP_DOUBLE {double}")
+            for name, header in headers().items():
+                text = text.replace(f"@{name}@\n", header)
             (tmp_path / "kernel.c").write_text(text)
             command = [compiler, "-O1", machine, "-std=gnu11", "-fopenmp", "-w", "-S", "-o", "/dev/null", str(tmp_path / "kernel.c")]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import seqparc
 import seqparc.passes
 from seqparc import ir
-from seqparc.codegen import c, elements, parts, sweep
+from seqparc.codegen import elements, parts, source, sweep
 from seqparc.runtime.engine import Engine
 from seqparc.text import parse_program, print_program
 from tests.living import same
@@ -33,7 +33,7 @@ NAMES = {
     "trigraph": "a??/",
     "quotes": "\"\"\"\'\'\' + __import__('evil') + \"",
     "formats": "%s%n{0}{name}{{}}$HOME`evil`",
-    "a place of our own": "@SIMD@",
+    "a place of our own": "@simd.h@",
     "markup": "[/b][red]:smile: [link=evil]",
     "other letters": "größe_状態",
     "no text": "a\udcff",
@@ -70,7 +70,7 @@ def generated(program: ir.Program) -> list[str]:
     """C, the two kinds of Triton, and the program's own notation."""
     split = parts.split(program)
     apart = elements.emit(program, split.plan, split.places, False).text
-    return [c.emit(program, False).text, sweep.emit(program, False, "ieee").text, apart, print_program(program)]
+    return [source.emit(program, False).text, sweep.emit(program, False, "ieee").text, apart, print_program(program)]
 
 
 @odd

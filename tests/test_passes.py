@@ -318,13 +318,20 @@ def test_equal_values_are_one_value() -> None:
 
 def test_strategy_says_why() -> None:
     def decide(options: Options, **over: Any) -> strategy.Choice:
-        known = {"steps": 10_000, "best": 16, "n": 4, "scalar": True, "affine": False, "warmup": None}
+        known = {"steps": 10_000, "paces": alike(16), "n": 4, "scalar": True, "affine": False, "warmup": None}
         return strategy.choose(options, **{**known, **over})
 
+    def alike(most: int) -> tuple[tuple[int, float], ...]:
+        return tuple((1 << k, 1.0) for k in range(most.bit_length()))
+
     assert decide(Options()).strategy == "shooting" and decide(Options()).chunks == 16
-    assert decide(Options(), best=1).strategy == "sequential" and decide(Options(), best=1).chunks == 1
-    assert decide(Options(), steps=100).strategy == "sequential"
-    assert decide(Options(), warmup=2500).chunks == 1
+    assert decide(Options(), paces=alike(1)).strategy == "sequential" and decide(Options(), paces=alike(1)).chunks == 1
+    assert decide(Options(), steps=60).strategy == "sequential"
+    assert decide(Options(), warmup=5001).chunks == 1
+    # 16 chunks take 256 + 100 steps, 8 take 512 + 100 in four thirds of the time; then the other way round; and nearly as long is enough.
+    for pace, chunks in ((1.8, 8), (1.6, 16), (1.7, 8)):
+        assert decide(Options(), steps=4096, warmup=100, paces=((8, 1.0), (16, pace))).chunks == chunks
+    assert decide(Options(), steps=1000, passes=3, paces=((2, 0.9), (4, 2.0))).given_up
     assert decide(Options(strategy="sequential")).chunks == 1
     newton = decide(Options(strategy="newton"))
     assert newton == strategy.Choice("newton", 10_000, 0, ("exact",), newton.reasons)
@@ -333,7 +340,7 @@ def test_strategy_says_why() -> None:
     assert decide(Options(), n=33, scalar=False).updates == ("none", "diagonal")
     assert decide(Options(strategy="shooting", update="exact"), n=33, scalar=False).updates == ("diagonal",)
     assert decide(Options(strategy="shooting", chunks=7, warmup=5)).chunks == 7
-    assert all(decide(o, best=b).reasons for o in (Options(), Options(strategy="newton"), Options(chunks=3)) for b in (1, 16))
+    assert all(decide(o, paces=alike(b)).reasons for o in (Options(), Options(strategy="newton"), Options(chunks=3)) for b in (1, 16))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 1025])

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: The part of a run's steps that trials may cost.
 TRIAL = 0.15
+#: And of the first run's, of which nothing is known; where few lanes fill the processor even a good pass costs a third of the steps.
+TRUST = 0.4
 #: What is saved up is at most so many runs.
 SAVED = 8
 #: Seconds that a pass takes beside the steps it counts, and a first call of a kernel; about, on a slow processor.
@@ -88,12 +90,12 @@ class Account:
         spans = cut.spans
         once = spans.longest * max(1.0, len(spans) / cut.fill) + (0 if spans.lead is None else int(spans.lead.max()))
         # Too little is put right by the first run, which is then sequential; too much would make that a trial.
-        return cls(Pace(max(seconds - CALL, 1e-9) / steps), once)
+        return cls(Pace(max(seconds - CALL, 1e-9) / steps), once, saved=(TRUST - TRIAL) * spans.steps)
 
     def budget(self, steps: int) -> Budget:
         """For a run of so many steps. Where they are counted nothing is saved: what is counted was not spent."""
         if self.pace is None:
-            return Budget(TRIAL * steps)
+            return Budget(TRUST * steps)
         return Budget(TRIAL * steps + max(0.0, self.saved) + self.spent, self.pace)
 
     def saving(self, steps: int) -> bool:

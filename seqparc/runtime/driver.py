@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from seqparc.errors import ConvergenceError
-from seqparc.runtime.budget import TRIAL, Budget, Tally
+from seqparc.runtime.budget import TRUST, Budget, Tally
 from seqparc.spans import LATELY, Spans, span
 
 #: Times the tolerance at which a gap counts as near: Newton's last step took it there, and the next would only stir the rounding.
@@ -51,6 +51,9 @@ class Kernel(Protocol):
 
     def chunks_wanted(self, batch: int, threads: int) -> int:
         """Chunks of a batch that fill the device, at least 1; `threads` are those that kernels on a processor run on."""
+
+    def pace(self, chunks: int, batch: int, threads: int) -> float:
+        """How long a step of so many chunks takes, times that of one."""
 
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and streams as `sweep` wants them, once per run. Streams may come in 16 bits."""
@@ -87,7 +90,7 @@ class Cut:
     updates: tuple[str, ...] = ("none",)  # the first is made until the gap falls too slowly, then the next
     atol: float = 0.0
     rtol: float = 0.0
-    fill: int = 1  # chunks that run in the time of one
+    fill: float = 1  # chunks that run in the time of one
     slack: float = 1.0  # times rtol for a state that remembers long: more than a chunk, as where Jacobians are needed, or much of one
     fade: float = LATELY  # what is left of an earlier state after a step, as far as it is known
     floor: float = 0.0  # a gap up to this may be rounding, see `_is_rounding`
@@ -165,12 +168,12 @@ class Outcome:
 def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
     """Run a recurrence over all its steps; exact to the cut's tolerance, or finished by the sequential kernel.
 
-    budget: what passes may cost; a seventh of the steps if none is given.
+    budget: what passes may cost; two fifths of the steps if none is given.
     """
     spans, chunks = cut.spans, len(cut.spans)
     if chunks == 1:
         return _whole(p, cut)
-    tally = Tally(budget or Budget(TRIAL * p.steps))
+    tally = Tally(budget or Budget(TRUST * p.steps))
     params, streams = p.kernel.prepare(p.params, p.streams)
     sums = sums_of(p, chunks)
 
@@ -246,7 +249,7 @@ def solve(p: Problem, cut: Cut, budget: Budget | None = None) -> Outcome:
                 since = outcome.passes
         if why is not None:
             outcome.converged, outcome.fallback = False, why
-            outcome.cut_short = dear and tally.by_the_clock(following, TRIAL * p.steps)
+            outcome.cut_short = dear and tally.by_the_clock(following, TRUST * p.steps)
             outcome.cost, outcome.waste = tally.cost, tally.cost - tally.exact
             if cut.on_divergence == "raise":
                 raise ConvergenceError(

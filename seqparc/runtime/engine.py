@@ -152,28 +152,32 @@ class Engine:
         Not watched: without anything that the host would have to look at.
         """
         plan, options = self.plan, self.options if watched else replace(self.options, strategy="sequential")
-        best = kernel.chunks_wanted(batch, THREADS if options.deterministic else torch.get_num_threads())
+        threads = THREADS if options.deterministic else torch.get_num_threads()
+        best = kernel.chunks_wanted(batch, threads)
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape, UNKNOWN)
         slower = known.slower or known.account.waits(steps)
         key = (
-            direction, batch, steps, best, watched, kernel.chunk_per_warmup, known.warmup, known.passes, known.fade, known.floor, slower,
+            direction, batch, steps, best, threads, watched, kernel.chunk_per_warmup,
+            known.warmup, known.passes, known.fade, known.floor, slower,
         )  # fmt: skip
         decided = self._decided.get(key)
         if decided is None:
+            most = min(best, steps)  # and powers of two below it
+            paces = tuple((c, kernel.pace(c, batch, threads)) for c in (*(1 << k for k in range(1, (most - 1).bit_length())), most))
             choice: Choice = self.choose(
-                options, steps=steps, best=best, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward",
+                options, steps=steps, paces=paces, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward",
                 warmup=known.warmup, passes=known.passes, per_warmup=kernel.chunk_per_warmup, slower=slower,
             )  # fmt: skip
             if not watched:
                 choice = replace(choice, reasons=("a CUDA graph is being made, in which gaps cannot be waited for",))
-            eps = torch.finfo(plan.dtype).eps
+            eps, together = torch.finfo(plan.dtype).eps, choice.chunks / kernel.pace(choice.chunks, batch, threads)
             unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
             cut = Cut(
                 cut_evenly(steps, choice.chunks, choice.warmup if choice.chunks > 1 else 0), choice.updates,
                 atol=eps**2 if options.atol is None else options.atol,
                 rtol=max(unit, known.floor) if options.rtol is None else options.rtol,
-                fade=known.fade, floor=FLOOR * eps if options.rtol is None else 0.0, fill=best,
+                fade=known.fade, floor=FLOOR * eps if options.rtol is None else 0.0, fill=together,
                 slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
                 max_passes=options.max_passes, on_divergence=options.on_divergence,
                 patient=options.strategy != "auto",

@@ -38,6 +38,10 @@ class TorchKernel:
         """See `seqparc.runtime.driver.Kernel`."""
         return -(-4096 // (batch * self.program.lanes))
 
+    def pace(self, chunks: int, batch: int, threads: int) -> float:
+        """See `seqparc.runtime.driver.Kernel`."""
+        return max(1.0, chunks / self.chunks_wanted(batch, threads))
+
     def prepare(self, params: Sequence[Tensor], streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return [p.reshape(-1) for p in params], [x.to(self.dtype) for x in streams]
 
