@@ -117,7 +117,7 @@ class Printer:
                 case ir.Leaf(kind="stream", slot=slot, index=index):
                     if self.scalar:
                         group, offset, mode = self.lane_group("x", slot, index.array)
-                        text = f"LOAD_{mode}(x{slot} + {offset} + k * x{slot}_t, o{group} + u * W)"
+                        text = f"LOAD_{mode}(x{slot} + {offset} + k * x{slot}_t, o{group} + u * W, x{slot}_t)"
                         if f"x{slot}" in self.windows:
                             memo[key] = f"x{slot}_w[x{slot}_k + {offset}][u]"
                             return memo[key]

@@ -96,13 +96,54 @@ SP_FN void sp_scatter(real *p, const int64_t *off, vf x) {
   for (int l = 0; l < W; l++) p[off[l]] = x[l];
 }
 
-/* W x W numbers turned: element e of r[i] becomes element i of r[e]. log2(W) stages, each exchanging bit s of i and e. */
-#define SP_STAY(s, e) ((e) & (s) ? W + (e) - (s) : (e))
-#define SP_GO(s, e) ((e) & (s) ? W + (e) : (e) + (s))
+/* The same where the places of a vector's halves, or quarters, are each side by side: the first of each has its offset. */
+#define SP_AT(s, e) (e)
 #define SP_2(f, s, e) f(s, e), f(s, (e) + 1)
 #define SP_4(f, s, e) SP_2(f, s, e), SP_2(f, s, (e) + 2)
 #define SP_8(f, s, e) SP_4(f, s, e), SP_4(f, s, (e) + 4)
 #define SP_16(f, s, e) SP_8(f, s, e), SP_8(f, s, (e) + 8)
+#if SP_BYTES / SP_SIZE == 16
+#define SP_HALF(e) SP_8(SP_AT, 0, e)
+#define SP_QUARTER(e) SP_4(SP_AT, 0, e)
+#elif SP_BYTES / SP_SIZE == 8
+#define SP_HALF(e) SP_4(SP_AT, 0, e)
+#define SP_QUARTER(e) SP_2(SP_AT, 0, e)
+#else
+#define SP_HALF(e) SP_2(SP_AT, 0, e)
+#endif
+#if SP_BYTES / SP_SIZE > 2 && (defined(__clang__) || __GNUC__ >= 12)
+typedef real sp_half __attribute__((vector_size(SP_BYTES / 2), aligned(sizeof(real)), may_alias));
+SP_FN vf sp_load_halves(const real *p, const int64_t *off) {
+  return __builtin_shufflevector(*(const sp_half *)(p + off[0]), *(const sp_half *)(p + off[W / 2]), SP_HALF(0), SP_HALF(W / 2));
+}
+SP_FN void sp_store_halves(real *p, const int64_t *off, vf x) {
+  *(sp_half *)(p + off[0]) = __builtin_shufflevector(x, x, SP_HALF(0));
+  *(sp_half *)(p + off[W / 2]) = __builtin_shufflevector(x, x, SP_HALF(W / 2));
+}
+#else
+#define sp_load_halves sp_gather
+#define sp_store_halves sp_scatter
+#endif
+#if SP_BYTES / SP_SIZE > 4 && (defined(__clang__) || __GNUC__ >= 12)
+typedef real sp_quarter __attribute__((vector_size(SP_BYTES / 4), aligned(sizeof(real)), may_alias));
+#define SP_PAIR(p, a, b) __builtin_shufflevector(*(const sp_quarter *)((p) + (a)), *(const sp_quarter *)((p) + (b)), SP_HALF(0))
+SP_FN vf sp_load_quarters(const real *p, const int64_t *off) {
+  return __builtin_shufflevector(SP_PAIR(p, off[0], off[W / 4]), SP_PAIR(p, off[W / 2], off[3 * W / 4]), SP_HALF(0), SP_HALF(W / 2));
+}
+SP_FN void sp_store_quarters(real *p, const int64_t *off, vf x) {
+  *(sp_quarter *)(p + off[0]) = __builtin_shufflevector(x, x, SP_QUARTER(0));
+  *(sp_quarter *)(p + off[W / 4]) = __builtin_shufflevector(x, x, SP_QUARTER(W / 4));
+  *(sp_quarter *)(p + off[W / 2]) = __builtin_shufflevector(x, x, SP_QUARTER(W / 2));
+  *(sp_quarter *)(p + off[3 * W / 4]) = __builtin_shufflevector(x, x, SP_QUARTER(3 * W / 4));
+}
+#else
+#define sp_load_quarters sp_gather
+#define sp_store_quarters sp_scatter
+#endif
+
+/* W x W numbers turned: element e of r[i] becomes element i of r[e]. log2(W) stages, each exchanging bit s of i and e. */
+#define SP_STAY(s, e) ((e) & (s) ? W + (e) - (s) : (e))
+#define SP_GO(s, e) ((e) & (s) ? W + (e) : (e) + (s))
 #if SP_BYTES / SP_SIZE == 2
 #define SP_ROW SP_2
 #elif SP_BYTES / SP_SIZE == 4

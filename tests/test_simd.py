@@ -37,6 +37,9 @@ def _source(double: bool) -> str:
     text += "".join(define(name, 2) for name in BINARY) + define("where", 3)
     text += "int width(void) { return W; }\nvoid v_set1(real x, real *y) { sp_store(y, sp_set1(x)); }\n"
     text += "void v_gather(const real *p, const int64_t *o, real *y) { sp_store(y, sp_gather(p, o)); }\n"
+    for part in ("halves", "quarters"):
+        text += f"void v_load_{part}(const real *p, const int64_t *o, real *y) {{ sp_store(y, sp_load_{part}(p, o)); }}\n"
+        text += f"void v_store_{part}(real *p, const int64_t *o, const real *x) {{ sp_store_{part}(p, o, sp_load(x)); }}\n"
     return text + "void v_scatter(real *p, const int64_t *o, const real *x) { sp_scatter(p, o, sp_load(x)); }\n"
 
 
@@ -178,6 +181,14 @@ def test_data_moves(simd):
     right[place] = x
     simd.c.v_scatter(at(p), at(place), at(x))
     np.testing.assert_array_equal(p, right)
+    for part, n in (("halves", 2), ("quarters", 4)):
+        each = max(1, w // n)
+        place = np.repeat(rng.permutation(6)[:n] * 16 + 1, each)[:w] + np.tile(np.arange(each), n)[:w]
+        getattr(simd.c, f"v_load_{part}")(at(p), at(place), at(y))
+        np.testing.assert_array_equal(y, p[place])
+        right[place] = x
+        getattr(simd.c, f"v_store_{part}")(at(p), at(place), at(x))
+        np.testing.assert_array_equal(p, right)
     scalar = ctypes.c_double if simd.dtype is np.float64 else ctypes.c_float
     for number in (-0.0, 1.5, np.nan, -np.inf):
         simd.c.v_set1(scalar(number), at(y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,19 @@ class Places:
         if (index, device) not in self._made:
             self._made[index, device] = torch.from_numpy(index.array.reshape(-1).astype(np.int64)).to(device)
         return self._made[index, device]
+
+
+@functools.lru_cache(1024)
+def _first(index: Any) -> int | None:
+    """The first of the numbers of an index, if every one is one more than the one before."""
+    flat = index.array.reshape(-1)
+    return int(flat[0]) if flat.size and bool((np.diff(flat) == 1).all()) else None
+
+
+@functools.lru_cache(1024)
+def _rows_count(index: Any) -> bool:
+    """Whether every row of an index is 0, 1, 2 …"""
+    return bool((index.array == np.arange(index.shape[1])).all())
 
 
 def of_params(
@@ -75,27 +89,23 @@ def _outer(o: Any, emits: Sequence[Tensor | None], read: Sequence[Tensor], param
     lanes = o.columns.shape[0]
     d, x = emits[o.delta], emits[o.x] if o.x >= 0 else read[-1 - o.x]
     assert d is not None and x is not None
-    if o.x < 0 and not np.array_equal(o.columns.array.reshape(-1), np.arange(x.shape[-1])):
+    if o.x < 0 and not (_first(o.columns) == 0 and o.columns.array.size == x.shape[-1]):
         x = x.index_select(-1, places(o.columns, x.device))
     x = x if x.dtype == d.dtype else x.to(d.dtype)
-    rows = o.rows.array
-    first, count = int(rows[0]), len(rows)
-    near = np.array_equal(rows, np.arange(first, first + count))
     if lanes == 1:
-        m = _product(d.narrow(-1, first, count) if near else d, x)[None]
-        m = m if near else m.index_select(1, places(o.rows, m.device))
+        first = _first(o.rows)
+        m = _product(d if first is None else d.narrow(-1, first, len(o.rows.array)), x)[None]
+        m = m if first is not None else m.index_select(1, places(o.rows, m.device))
     else:
         m = torch.einsum("btle,btlk->lek", d.unflatten(-1, (lanes, -1)), x.unflatten(-1, (lanes, -1)))
         m = m.index_select(1, places(o.rows, m.device))
-    ix = o.ix.array
-    if ix.shape[1] == m.shape[2] and bool((ix == np.arange(m.shape[2])).all()):
+    if o.ix.shape[1] == m.shape[2] and _rows_count(o.ix):
         picked = m
     else:
-        at = places(o.ix, m.device).clamp_min(0).reshape(ix.shape)
+        at = places(o.ix, m.device).clamp_min(0).reshape(o.ix.shape)
         picked = m.gather(2, at.expand(lanes, -1, -1))
-    target = o.target.array.reshape(-1)
     size = params[o.param].numel()
-    if np.array_equal(target, np.arange(size)):
+    if _first(o.target) == 0 and o.target.array.size == size:
         return picked.reshape(-1)
     to = places(o.target, picked.device)  # past the end is what is left out
     return picked.new_zeros(size + 1).index_add_(0, torch.where(to < 0, size, to), picked.reshape(-1))[:size]

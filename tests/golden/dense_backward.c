@@ -25,19 +25,32 @@ enum { U = PART };
 // Lanes of the program side by side in a vector, or lanes of one place in the program from anywhere.
 #define SIDE_BY_SIDE (0 && 1 >= W)
 #if SIDE_BY_SIDE
-#define LOAD_SIDE(p, o) sp_load((p) + (o)[0])
-#define LOAD_SAME(p, o) sp_set1((p)[(o)[0]])
+// A step ahead of it is far in memory where lanes are many, and processors foresee only what is near. Nothing is read past an end.
+#define AHEAD 4
+#define LOAD_SIDE(p, o, step) (__builtin_prefetch((p) + (o)[0] + AHEAD * (step)), sp_load((p) + (o)[0]))
+#define LOAD_SAME(p, o, step) sp_set1((p)[(o)[0]])
 #else
-#define LOAD_SIDE sp_gather
-#define LOAD_SAME sp_gather
+#if 0 && 1 * 2 == W
+#define LOAD_SIDE(p, o, step) sp_load_halves(p, o)
+#elif 0 && 1 * 4 == W
+#define LOAD_SIDE(p, o, step) sp_load_quarters(p, o)
+#else
+#define LOAD_SIDE LOAD_ANY
 #endif
-#define LOAD_ANY sp_gather
+#define LOAD_SAME LOAD_ANY
+#endif
+#define LOAD_ANY(p, o, step) sp_gather(p, o)
 // The last steps of a tile whose chunks differ in length are not full: some lanes are done, and keep what they have.
 #define KEEP(v) (full ? (v) : sp_where(live[u], (v), sp_set1(0)))
 #define STORE_SAME STORE_ANY
-#define STORE_ANY(p, o, v) do { if (full) sp_scatter((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); } while (0)
+#define STORE_BY(put, p, o, v) do { if (full) put((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); } while (0)
+#define STORE_ANY(p, o, v) STORE_BY(sp_scatter, p, o, v)
 #if SIDE_BY_SIDE
 #define STORE_SIDE(p, o, v) do { if (k < length[u * W]) sp_store((p) + (o)[0], (v)); } while (0)
+#elif 0 && 1 * 2 == W
+#define STORE_SIDE(p, o, v) STORE_BY(sp_store_halves, p, o, v)
+#elif 0 && 1 * 4 == W
+#define STORE_SIDE(p, o, v) STORE_BY(sp_store_quarters, p, o, v)
 #else
 #define STORE_SIDE STORE_ANY
 #endif

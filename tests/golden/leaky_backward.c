@@ -25,19 +25,32 @@ enum { U = PART };
 // Lanes of the program side by side in a vector, or lanes of one place in the program from anywhere.
 #define SIDE_BY_SIDE (1 && 12 >= W)
 #if SIDE_BY_SIDE
-#define LOAD_SIDE(p, o) sp_load((p) + (o)[0])
-#define LOAD_SAME(p, o) sp_set1((p)[(o)[0]])
+// A step ahead of it is far in memory where lanes are many, and processors foresee only what is near. Nothing is read past an end.
+#define AHEAD 4
+#define LOAD_SIDE(p, o, step) (__builtin_prefetch((p) + (o)[0] + AHEAD * (step)), sp_load((p) + (o)[0]))
+#define LOAD_SAME(p, o, step) sp_set1((p)[(o)[0]])
 #else
-#define LOAD_SIDE sp_gather
-#define LOAD_SAME sp_gather
+#if 1 && 12 * 2 == W
+#define LOAD_SIDE(p, o, step) sp_load_halves(p, o)
+#elif 1 && 12 * 4 == W
+#define LOAD_SIDE(p, o, step) sp_load_quarters(p, o)
+#else
+#define LOAD_SIDE LOAD_ANY
 #endif
-#define LOAD_ANY sp_gather
+#define LOAD_SAME LOAD_ANY
+#endif
+#define LOAD_ANY(p, o, step) sp_gather(p, o)
 // The last steps of a tile whose chunks differ in length are not full: some lanes are done, and keep what they have.
 #define KEEP(v) (full ? (v) : sp_where(live[u], (v), sp_set1(0)))
 #define STORE_SAME STORE_ANY
-#define STORE_ANY(p, o, v) do { if (full) sp_scatter((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); } while (0)
+#define STORE_BY(put, p, o, v) do { if (full) put((p), (o), (v)); else put_live((p), (o), (v), length + u * W, k); } while (0)
+#define STORE_ANY(p, o, v) STORE_BY(sp_scatter, p, o, v)
 #if SIDE_BY_SIDE
 #define STORE_SIDE(p, o, v) do { if (k < length[u * W]) sp_store((p) + (o)[0], (v)); } while (0)
+#elif 1 && 12 * 2 == W
+#define STORE_SIDE(p, o, v) STORE_BY(sp_store_halves, p, o, v)
+#elif 1 && 12 * 4 == W
+#define STORE_SIDE(p, o, v) STORE_BY(sp_store_quarters, p, o, v)
 #else
 #define STORE_SIDE STORE_ANY
 #endif
@@ -123,8 +136,8 @@ INLINE void tile(const int64_t* args, int64_t block) {
     int64_t first = v % per * W; if (first > 12 - W) first = 12 - W;
     const int64_t cb = v / per; lane_g[u * W + l] = first + l;
 #else
-    int64_t v = (block * U + u) * W + l; if (v >= chunks * batch * 12) v = chunks * batch * 12 - 1;
-    const int64_t cb = v / 12; lane_g[u * W + l] = v % 12;
+    const int64_t v = (block * U + u) * W + l, last = chunks * batch - 1;
+    const int64_t cb = v / 12 < last ? v / 12 : last; lane_g[u * W + l] = v % 12;
 #endif
     lane_c[u * W + l] = cb / batch; lane_b[u * W + l] = cb % batch; lane_r[u * W + l] = cb * row;
     lane_x[u * W + l] = cb / batch * (batch * row - start_c);  // the start state may be one for all chunks
@@ -166,18 +179,18 @@ INLINE void tile(const int64_t* args, int64_t block) {
       for (int64_t k = brief, until = brief + BRIEFLY < longest ? brief + BRIEFLY : longest; k < until; k++) {
         const int full = k < shortest;
         vf live[U]; if (!full) for (int u = 0; u < U; u++) for (int l = 0; l < W; l++) live[u][l] = k < length[u * W + l];
-        vf v1[U]; EACH(v1[u] = LOAD_SIDE(x3 + 0 + k * x3_t, o0 + u * W));
+        vf v1[U]; EACH(v1[u] = LOAD_SIDE(x3 + 0 + k * x3_t, o0 + u * W, x3_t));
         vf v2[U]; EACH(v2[u] = (s0[0][u] + v1[u]));
-        vf v3[U]; EACH(v3[u] = LOAD_SIDE(x1 + 0 + k * x1_t, o1 + u * W));
+        vf v3[U]; EACH(v3[u] = LOAD_SIDE(x1 + 0 + k * x1_t, o1 + u * W, x1_t));
         vf v4[U]; EACH(v4[u] = (v2[u] * v3[u]));
-        vf v7[U]; EACH(v7[u] = LOAD_SIDE(x2 + 0 + k * x2_t, o2 + u * W));
+        vf v7[U]; EACH(v7[u] = LOAD_SIDE(x2 + 0 + k * x2_t, o2 + u * W, x2_t));
         vf v8[U]; EACH(v8[u] = (p[0][u] * v7[u]));  // test_golden.py
         vf v9[U]; EACH(v9[u] = sp_tanh(v8[u]));  // test_golden.py
         vf v10[U]; EACH(v10[u] = (v9[u] * v9[u]));
         vf v11[U]; EACH(v11[u] = (sp_set1(1.0f) - v10[u]));
         vf v12[U]; EACH(v12[u] = (v4[u] * v11[u]));
         vf v13[U]; EACH(v13[u] = (v12[u] * p[0][u]));
-        vf v14[U]; EACH(v14[u] = LOAD_SIDE(x0 + 0 + k * x0_t, o3 + u * W));
+        vf v14[U]; EACH(v14[u] = LOAD_SIDE(x0 + 0 + k * x0_t, o3 + u * W, x0_t));
         vf v15[U]; EACH(v15[u] = (v2[u] * v14[u]));
         vf v16[U]; EACH(v16[u] = (v13[u] + v15[u]));
         EACH(n0[0][u] = v16[u]);
