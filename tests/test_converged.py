@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import seqparc
 from seqparc.runtime import experience
+from seqparc.runtime.budget import Account, Pace
 from seqparc.runtime.driver import Outcome
 from seqparc.runtime.experience import Experience
 
@@ -166,7 +167,7 @@ def test_the_faster_way_is_found_by_timing_both() -> None:
         assert known.slower is not None and known.slower.startswith("timed")
         known.timed(*took(1e-3, alone=True))
     assert known.slower == "it took 1 µs a step, passes 5"
-    assert not any(known.ran_alone() for _ in range(experience.RETRY)), "its warm-up is known for good"
+    assert not any(known.ran_alone(64) for _ in range(experience.RETRY)), "its warm-up is known for good"
     assert known.slower is None, "tried again now and then"
     known.timed(*took(5e-3))
     assert known.slower == "it took 1 µs a step, passes 5", "one run is enough where it is much slower"
@@ -211,3 +212,12 @@ def test_nothing_is_learnt_where_runs_must_repeat() -> None:
     x = torch.randn(1, 8192, 2)
     first, again = rnn(x)[0], rnn(x)[0]
     assert torch.equal(first, again) and not rnn.engine(x).experience  # type: ignore[union-attr]
+
+
+def test_a_run_that_waits_for_a_trial_is_not_on_its_way_to_a_retry() -> None:
+    """Else it would stay one short of it, watched each time."""
+    known = Experience(account=Account(Pace(1e-9), once=100.0))
+    assert not any(known.ran_alone(50) for _ in range(experience.RETRY)) and known.before_retry(50) == experience.RETRY
+    known.account.pace = None  # where steps are counted none waits
+    assert [known.ran_alone(50) for _ in range(experience.RETRY)].index(True) == experience.RETRY - 1
+    assert known.before_retry(50) == experience.RETRY - 1

@@ -267,7 +267,7 @@ class Engine:
         if choice.given_up:
             known = self.experience.get((direction, batch, cut.spans.steps.bit_length()))
             if known is not None:
-                known.calls += 1  # to be tried again, as if watched
+                known.ran_alone(cut.spans.steps)  # never the one after which it is tried again
         gap *= cut.rtol or cut.atol
         if direction == "forward":
             self.last.pop("backward", None)
@@ -360,9 +360,9 @@ class Engine:
         if choice.strategy == "sequential":
             if known is not None:
                 known.timed(seconds, outcome, p.steps)
-                waited = known.account.waits(p.steps)
+                forget = known.ran_alone(p.steps)
                 known.account.settle(p.steps, outcome, seconds)
-                if not waited and known.ran_alone():
+                if forget:
                     self.experience.pop(shape, None)
             return
         if self._decide(shape[0], p.kernel, p.start.shape[0], p.steps)[1] is not cut:

@@ -94,8 +94,14 @@ class Experience:
         """Whether a run of so many steps is sequential only for now: times are still compared, or a trial is saved up for."""
         return (bool(self.passing) and len(self.alone) < TIMED) or self.account.saving(steps)
 
-    def ran_alone(self) -> bool:
+    def before_retry(self, steps: int) -> int:
+        """Sequential runs of so many steps before it is time to see whether it is still so; those that wait for a trial do not count."""
+        return RETRY if self.account.waits(steps) else RETRY - self.calls - 1
+
+    def ran_alone(self, steps: int) -> bool:
         """Count a sequential run; whether what is known is to be forgotten, as it is time to see whether it is still so."""
+        if self.account.waits(steps):
+            return False
         self.calls += 1
         if self.calls < RETRY:
             return False

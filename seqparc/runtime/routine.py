@@ -12,7 +12,7 @@ import torch
 
 from seqparc.plan import Choice
 from seqparc.runtime.driver import PIECE, Cut, Outcome
-from seqparc.runtime.experience import RETRY, Experience
+from seqparc.runtime.experience import Experience
 
 #: Runs that go alike in a row before the next goes by routine, and runs after which one is watched again.
 ALIKE, AGAIN = 4, 64
@@ -43,7 +43,7 @@ class Routine:
         open_yet = choice.given_up and known is not None and known.undecided(steps)
         self.alike = self.alike + 1 if simple and not open_yet else 0
         if self.alike >= ALIKE:
-            self.left = AGAIN if not choice.given_up or known is None else min(AGAIN, RETRY - known.calls - 1)
+            self.left = AGAIN if not choice.given_up or known is None else min(AGAIN, known.before_retry(steps))
 
 
 class Routines:
