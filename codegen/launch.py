@@ -157,13 +157,15 @@ class CKernel:
         return args
 
     def again(
-        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Prepared, emits: Sequence[Tensor], fade: float
-    ) -> Again:
-        """A forward sweep that can be run again on other tensors that lie alike."""
+        self, spans: Spans, start: Tensor, streams: Sequence[Tensor], params: Prepared, emits: Sequence[Tensor | None],
+        sums: Sequence[Tensor], backwards: bool, fade: float,
+    ) -> Again:  # fmt: skip
+        """A sweep that can be run again on other tensors that lie alike."""
         run, packing = self._ways[self.few(len(spans) * start.shape[0])]
         addresses = params.addresses(packing)
-        args = self._arguments(spans, start, streams, addresses, emits, (), False, fade)
-        return Again(run, packing, args, len(streams), len(addresses))
+        args = self._arguments(spans, start, streams, addresses, emits, sums, backwards, fade)
+        first = FIRST + 3 * len(streams) + len(addresses)  # of the emits
+        return Again(run, packing, args, _offsets(args, FIRST, streams), len(addresses), _offsets(args, first, emits))
 
     def scan(self, a: Tensor, r: Tensor, largest: bool = False) -> Tensor:
         """See `seqparc.runtime.driver.Kernel`."""
@@ -185,28 +187,41 @@ class CKernel:
 class Again:
     """A sweep whose arguments are known, but for where tensors lie."""
 
-    def __init__(self, run: Callable[[int], None], packing: Packing, args: Sequence[int], streams: int, params: int) -> None:
+    def __init__(
+        self, run: Callable[[int], None], packing: Packing, args: Sequence[int], streams: list[int], params: int, emits: list[int]
+    ) -> None:
+        """streams, emits: bytes from where a tensor lies to what is read or written of it first."""
         self._run, self._packing, self._args = run, packing, array("q", args)
-        self._params = FIRST + 3 * streams  # where they begin
-        self._emits = self._params + params
+        self._streams, self._params, self._emits = streams, params, emits
 
     def run(
-        self, start: Tensor, streams: Sequence[Tensor], params: Prepared, emits: Sequence[Tensor], end: Tensor,
-        reached: Tensor | None = None, sizes: Tensor | None = None,
+        self, start: Tensor, streams: Sequence[Tensor], params: Prepared, emits: Sequence[Tensor | None], sums: Sequence[Tensor],
+        end: Tensor, reached: Tensor | None = None, sizes: Tensor | None = None,
     ) -> None:  # fmt: skip
         """`start` contiguous; streams and emits with the strides of those that the arguments were made for."""
         args = self._args[:]
         args[THREADS], args[START], args[END] = openmp.threads(), start.data_ptr(), end.data_ptr()
         if reached is not None and sizes is not None:
             args[REACHED], args[SIZES] = reached.data_ptr(), sizes.data_ptr()
-        for at, x in zip(range(FIRST, self._params, 3), streams, strict=True):
-            args[at] = x.data_ptr()
-        args[self._params : self._emits] = params.addresses(self._packing)
-        at = self._emits
-        for y in emits:
-            args[at] = y.data_ptr()
+        at = FIRST
+        for x, offset in zip(streams, self._streams, strict=True):
+            args[at] = x.data_ptr() + offset
             at += 3
+        args[at : at + self._params] = params.addresses(self._packing)
+        at += self._params
+        for y, offset in zip(emits, self._emits, strict=True):
+            if y is not None:
+                args[at] = y.data_ptr() + offset
+            at += 3
+        for z in sums:
+            args[at] = z.data_ptr()
+            at += 1
         self._run(args.buffer_info()[0])
+
+
+def _offsets(args: Sequence[int], first: int, tensors: Sequence[Tensor | None]) -> list[int]:
+    """Bytes from where tensors lie to the addresses of them that are among arguments from `first` on."""
+    return [0 if t is None else args[first + 3 * i] - t.data_ptr() for i, t in enumerate(tensors)]
 
 
 def _from_the_start(x: Tensor) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqparc
 from seqparc.codegen.launch import CKernel
+from seqparc.kept import Prepared
 from seqparc.runtime.replay import Replay
 from seqparc.runtime.routine import AGAIN, ALIKE
 
@@ -175,7 +176,56 @@ def test_each_counts_and_now_and_then_one_is_watched(replayed: list[bool]) -> No
     assert 1 <= replayed.count(False) <= 4
 
 
-def test_with_gradients_and_under_modes_it_is_not_replayed(replayed: list[bool]) -> None:
+@pytest.mark.parametrize("way", [lambda c, x, h: [x, *c.parameters()], lambda c, x, h: [x], lambda c, x, h: [h, c.w.weight]])
+@pytest.mark.parametrize("steps", [1, 50])
+def test_gradients_of_a_replayed_call(way: Callable[..., list[Tensor]], steps: int, replayed: list[bool]) -> None:
+    torch.manual_seed(0)
+    cell = Scaled().double()
+    rnn = seqparc.compile(cell)
+    for k in range(ALIKE + 6):
+        cell.requires_grad_(False)
+        x, h = torch.randn(2, steps, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+        leaves = [t.requires_grad_() for t in way(cell, x, h)]
+        if k == ALIKE + 4:
+            with torch.no_grad():
+                cell.u.weight.mul_(0.5)  # as a step of an optimizer does
+        found = []
+        for call in (rnn, rnn.sequential):
+            y, last = call(x, h)
+            found.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), leaves)])
+        for mine, right in zip(*found, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
+    assert replayed[-1] and len(replayed) >= 2
+    with torch.no_grad():
+        y, _ = rnn(x, h)
+    assert replayed[-1] and not y.requires_grad and torch.equal(y, found[0][0].detach())
+
+
+def test_a_gradient_of_the_cells_own_is_not_replayed(replayed: list[bool]) -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    def cell(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(x + 0.5 * Twice.apply(h))
+
+    rnn = seqparc.compile(cell, state=torch.zeros(3))
+    x = torch.randn(1, 4, 3, requires_grad=True)
+    for _ in range(ALIKE + 4):
+        with torch.no_grad():
+            rnn(x)
+    assert replayed[-1]
+    (g,) = torch.autograd.grad(rnn(x)[0].sum(), x)
+    assert not replayed[-1]
+    torch.testing.assert_close(g, torch.autograd.grad(rnn.sequential(x)[0].sum(), x)[0])
+
+
+def test_under_modes_it_is_not_replayed(replayed: list[bool]) -> None:
     class Seen(TorchDispatchMode):
         count = 0
 
@@ -186,8 +236,6 @@ def test_with_gradients_and_under_modes_it_is_not_replayed(replayed: list[bool])
     x = torch.randn(1, 3, 3)
     rnn = settled(nn.GRUCell(3, 4), x)
     replayed.clear()
-    y, _ = rnn(x)
-    assert y.requires_grad and not replayed
     with torch.no_grad(), Seen() as mode:
         rnn(x)
     assert mode.count and not any(replayed)
@@ -287,9 +335,14 @@ class _Unequal:
 
 
 def test_weights_are_kept_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made: list[Any] = []
     real = CKernel.prepare
-    monkeypatch.setattr(CKernel, "prepare", lambda self, params, streams: made.append(type(params)) or real(self, params, streams))
+
+    def prepare(self: CKernel, params: Any, streams: Any) -> Any:
+        made.extend([] if isinstance(params, Prepared) else [params])
+        return real(self, params, streams)
+
+    monkeypatch.setattr(CKernel, "prepare", prepare)
     rnn = seqparc.compile(nn.GRUCell(3, 16))
     with torch.no_grad():
         for steps in range(1, 6):

@@ -274,21 +274,6 @@ def _whole(p: Problem, cut: Cut) -> Outcome:
     return outcome
 
 
-def once(p: Problem, cut: Cut) -> tuple[Tensor, list[Tensor], float]:
-    """One pass over chunks that the cut's warm-up leads up to, or one over all steps: the last state, the sums, and the gap in units of the
-    tolerance. Up to one it is the whole run.
-    """
-    spans = cut.spans
-    if len(spans) == 1:
-        whole = _whole(p, cut)
-        return whole.end, whole.sums, 0.0
-    params, streams = p.kernel.prepare(p.params, p.streams)
-    sums = sums_of(p, len(spans))
-    start, sizes = (p.start.new_empty(len(spans), *p.start.shape) for _ in range(2))
-    end = p.kernel.sweep(spans, p.start, streams, params, p.emits, sums, p.backwards, start, sizes, cut.fade)
-    return end.select(0, -1), sums, p.kernel.gap(start, end, sizes, cut.atol, cut.rtol)[0]
-
-
 def begin(p: Problem) -> Head:
     """Run the first steps of a run sequentially."""
     params, streams = p.kernel.prepare(p.params, p.streams)

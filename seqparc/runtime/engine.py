@@ -23,12 +23,12 @@ from seqparc.options import Options
 from seqparc.plan import Choice, History, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.budget import Account
-from seqparc.runtime.driver import NOTHING, Cut, Kernel, Outcome, Problem, begin, once, solve
+from seqparc.runtime.driver import NOTHING, Cut, Kernel, Outcome, Problem, begin, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.making import Begun, uncollected
 from seqparc.runtime.opaque import OpaqueKernel
 from seqparc.runtime.pages import room
-from seqparc.runtime.routine import Routine, Routines
+from seqparc.runtime.routine import Routine, Routines, once
 from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
 from seqparc.runtime.weights import Places, of_params
@@ -254,7 +254,7 @@ class Engine:
         if routine is None:
             return None
         begin = time.perf_counter()
-        end, sums, gap = once(Problem(kernel=self.kernels[key][1], start=start, steps=steps, **problem), routine.cut)
+        end, sums, gap = once(Problem(kernel=self.kernels[key][1], start=start, steps=steps, **problem), routine)
         return (end, sums) if self.went(direction, routine, gap, batch, time.perf_counter() - begin) else None
 
     def went(self, direction: str, routine: Routine, gap: float, batch: int, seconds: float) -> bool:

@@ -1,7 +1,8 @@
 """Calls that go as an earlier one went, with other numbers: what is short is mostly Python, and most of that only finds out what to do.
 
-Only without gradients, on a processor, where the run has become routine (`seqparc.runtime.routine`). All that could make the call another
-one is looked at: what surrounds it, the cell's parts and settings, shapes, dtypes, and the numbers of small weights, bit for bit.
+Only on a processor, where the run has become routine (`seqparc.runtime.routine`). All that could make the call another one is looked at:
+what surrounds it, the cell's parts and settings, shapes, dtypes, and the numbers of small weights, bit for bit. Where a gradient may be
+asked for, only what leads up to the run is left out.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor
 from seqparc.kept import Kept, Prepared, worth_keeping
 from seqparc.runtime.calls import Call
 from seqparc.runtime.differentiable import parts, unit
-from seqparc.runtime.driver import Cut
+from seqparc.runtime.driver import Problem
 from seqparc.runtime.engine import Engine, whole
 from seqparc.runtime.pages import room
-from seqparc.runtime.run import Values, read, streams_of
+from seqparc.runtime.routine import once
+from seqparc.runtime.run import Values, read, run, streams_of
 from seqparc.runtime.slabs import count
 from seqparc.surroundings import autocast, memory, modes, places, plain
 from seqparc.tree import Structure, flatten
@@ -40,7 +42,7 @@ class Replays:
 
     def answer(self, rnn: Any, x: Any, state: Any) -> tuple[Any, Any] | None:
         """What the call returns; None if it is not like one that is known, or if something has changed."""
-        if not self._known or torch.is_grad_enabled():
+        if not self._known:
             return None
         leaves, structure = flatten(x)
         given = None if state is None else flatten(state)
@@ -49,7 +51,7 @@ class Replays:
 
     def note(self, rnn: Any, call: Call, engine: Any, x: Any, state: Any) -> None:
         """Remember a call that has just been answered, if the next ones like it may be replayed."""
-        if torch.is_grad_enabled() or not isinstance(engine, Engine) or not repeatable(engine, call):
+        if not isinstance(engine, Engine) or not repeatable(engine, call):
             return
         structure, given = flatten(x)[1], None if state is None else flatten(state)
         if given is None and not any(k.start is call.start and k.watch is None for k in rnn._understood.values()):
@@ -99,15 +101,19 @@ class Replay:
             d for d, n in zip(plan.direct, sizes, strict=True) if d is not None and x[d].shape[2:] == (n,) and x[d].dtype == plan.dtype
         ]  # fmt: skip
         self.simple = len(self.direct) == len(plan.direct) and plan.readout is None  # nothing for torch to do
-        # The sweep of a cut, for streams of certain strides: put there as one, since other threads may put others there.
-        self.sweep: tuple[Cut | None, list[tuple[int, ...]], Any] = None, [], None
 
-    def run(self, rnn: Any, x: list[Tensor], start: list[Tensor]) -> tuple[Any, Any] | None:
+    def run(self, rnn: Any, x: list[Tensor], start: Sequence[Tensor]) -> tuple[Any, Any] | None:
         """The call's answer, or None where it has to go another way."""
         engine = self.engine
         routine = engine.routines.ready("forward", self.batch, self.steps)
         if routine is None or (now := self._as_it_was(rnn, x, start)) is None:
             return None
+        rnn.__dict__["_last"] = engine
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *now.values())):
+            if engine.plan.own_gradient:
+                return None
+            done = run(engine, x, list(start))
+            return self.convention.unflatten(done.outputs, done.last)
         begin = time.perf_counter()
         values = None if self.simple else Values(x, now.__getitem__)
         kernel: Any = engine.kernels["forward"][1]
@@ -115,21 +121,10 @@ class Replay:
         streams = [unit(x[d]) for d in self.direct] if values is None else kernel.prepare(params, streams_of(engine.plan, values))[1]
         row = self.row if self.row is not None else whole(start).contiguous()
         emits = [room(s, self.batch, self.steps, s.shape[1]) for s in start]
-        (cut, strides, again), lie = self.sweep, [s.stride() for s in streams]
-        if cut is not routine.cut or lie != strides:
-            cut = routine.cut
-            again = kernel.again(cut.spans, row, streams, params, emits, cut.fade)
-            self.sweep = cut, lie, again
-        if len(cut.spans) == 1:
-            gap, end = 0.0, row.new_empty(row.shape)
-            again.run(row, streams, params, emits, end)
-        else:
-            ends, reached, sizes = (row.new_empty(len(cut.spans), *row.shape) for _ in range(3))
-            again.run(row, streams, params, emits, ends, reached, sizes)
-            gap, end = kernel.gap(reached, ends, sizes, cut.atol, cut.rtol)[0], ends.select(0, -1)
+        problem = Problem(kernel=kernel, start=row, steps=self.steps, streams=streams, params=params, emits=emits)
+        end, _, gap = once(problem, routine)
         if not engine.went("forward", routine, gap, self.batch, time.perf_counter() - begin):
             return None
-        rnn.__dict__["_last"] = engine
         outputs = emits if values is None else read(engine.plan, values, emits, start)
         return self.convention.unflatten(outputs, parts(end, start))
 

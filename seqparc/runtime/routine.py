@@ -6,18 +6,22 @@ once, and only the gap is looked at. Now and then one is watched again, so that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from seqparc.plan import Choice
-from seqparc.runtime.driver import PIECE, Cut, Outcome
+from seqparc.runtime.driver import PIECE, Cut, Outcome, Problem, sums_of
 from seqparc.runtime.experience import Experience
 
 #: Runs that go alike in a row before the next goes by routine, and runs after which one is watched again.
 ALIKE, AGAIN = 4, 64
 #: Shapes of an engine that are followed.
 MOST = 256
+#: Ways in which the tensors of a shape lie that are remembered.
+WAYS = 8
 
 
 @dataclass
@@ -28,6 +32,7 @@ class Routine:
     cut: Cut
     alike: int = 0  # runs that have gone this way in a row
     left: int = 0  # runs that may go this way before one is watched
+    sweeps: dict[Any, Any] = field(default_factory=dict)  # by how the tensors lie, ready to be run on others
 
     @property
     def repeatable(self) -> bool:
@@ -44,6 +49,31 @@ class Routine:
         self.alike = self.alike + 1 if simple and not open_yet else 0
         if self.alike >= ALIKE:
             self.left = AGAIN if not choice.given_up or known is None else min(AGAIN, known.before_retry(steps))
+
+
+def once(p: Problem, routine: Routine) -> tuple[Tensor, list[Tensor], float]:
+    """One pass over chunks that the cut's warm-up leads up to, or one over all steps: the last state, the sums, and the gap in units of the
+    tolerance. Up to one it is the whole run.
+    """
+    kernel: Any = p.kernel  # in C: others have no routines
+    cut, start = routine.cut, p.start if p.start.is_contiguous() else p.start.contiguous()
+    chunks = len(cut.spans)
+    params, streams = kernel.prepare(p.params, p.streams)
+    sums = sums_of(p, chunks)
+    lie = (*[x.stride() for x in streams], *[None if y is None else y.stride() for y in p.emits])
+    sweep = routine.sweeps.get(lie)
+    if sweep is None:
+        if len(routine.sweeps) >= WAYS:
+            routine.sweeps.clear()
+        sweep = kernel.again(cut.spans, start, streams, params, p.emits, sums, p.backwards, cut.fade)
+        routine.sweeps[lie] = sweep
+    end = start.new_empty(chunks, *start.shape)
+    if chunks == 1:
+        sweep.run(start, streams, params, p.emits, sums, end)
+        return end[0], sums, 0.0
+    reached, sizes = start.new_empty(chunks, *start.shape), start.new_empty(chunks, *start.shape)
+    sweep.run(start, streams, params, p.emits, sums, end, reached, sizes)
+    return end[chunks - 1], sums, kernel.gap(reached, end, sizes, cut.atol, cut.rtol)[0]
 
 
 class Routines:
