@@ -167,10 +167,17 @@ def test_the_faster_way_is_found_by_timing_both() -> None:
         assert known.slower is not None and known.slower.startswith("timed")
         known.timed(*took(1e-3, alone=True))
     assert known.slower == "it took 1 µs a step, passes 5"
-    assert not any(known.ran_alone(64) for _ in range(experience.RETRY)), "its warm-up is known for good"
-    assert known.slower is None, "tried again now and then"
-    known.timed(*took(5e-3))
-    assert known.slower == "it took 1 µs a step, passes 5", "one run is enough where it is much slower"
+    for calls in (8, 16, 32, 64, 100, 100):
+        for left in range(calls, 0, -1):
+            assert known.slower is not None and known.before_retry(64) == left - 1
+            assert not known.ran_alone(64), "its warm-up is known for good"
+        for _ in range(3):
+            assert known.slower is None, "tried again now and then, with threads that may be cold"
+            known.timed(*took(5e-3))
+    known.passing.clear()
+    seconds, outcome, steps = took(0.5)
+    known.timed(seconds, outcome, 100 * steps)
+    assert known.slower == "it took 1 µs a step, passes 5", "one run is enough where it is much slower, and takes long"
     known.passing.clear()
     for _ in range(3):
         known.timed(*took(0.9e-3))

@@ -21,7 +21,7 @@ TRUST = 0.4
 #: What is saved up is at most so many runs.
 SAVED = 8
 #: Seconds that a pass takes beside the steps it counts, and a first call of a kernel; about, on a slow processor.
-PASS, CALL = 2e-4, 1e-4
+PASS, CALL = 1e-4, 1e-4
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ WORTH = 4
 CHEAPER = 1.1
 #: A gap that a longer warm-up does not make smaller is rounding if it is at most this many units, and is then taken for converged.
 FLOOR = 64
-#: Calls after which a shape that was better run sequentially is tried again.
-RETRY = 100
+#: Calls after which a shape that was better run sequentially is tried again; where the clock said so SOON, then after twice as many each
+#: time: the first runs in several threads may be slow because those have yet to be given their cores.
+RETRY, SOON = 100, 8
 
-#: Runs of which the fastest is compared with the fastest of as many sequential ones; one of those is enough if it takes FAR times as long.
-TIMED, FAR = 3, 2
+#: Runs of which the fastest is compared with the fastest of as many sequential ones; one of those is enough if it takes FAR times as long,
+#: and at least so many seconds, beside which it does not matter how warm threads were.
+TIMED, FAR, COLD = 3, 2, 0.05
 #: The comparison is worth making if a pass takes less than these seconds, much of which is its fixed cost, or if passes cost this part of
 #: the steps that the sequential kernel does.
 LIGHT, MANY = 1e-3, 0.15
@@ -51,6 +53,8 @@ class Experience:
     account: Account = field(default_factory=Account)
     passing: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # seconds a step of the last runs in passes, once settled
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # and of sequential ones
+    long: bool = False  # whether the last of the former took long
+    soon: int = SOON
 
     def learn(self, outcome: Outcome, warmup: int, length: int, most: float) -> None:
         """From a run of more than one pass over chunks of `length` steps. `most`: the largest floor that is believed."""
@@ -76,6 +80,7 @@ class Experience:
                 self.alone.append(seconds / steps)
         elif self.alone or seconds < LIGHT * outcome.passes or outcome.cost > MANY * steps:
             self.passing.append(seconds / steps)
+            self.long = seconds > COLD
 
     @property
     def slower(self) -> str | None:
@@ -84,7 +89,7 @@ class Experience:
             return None
         mine, other = min(self.passing), min(self.alone, default=0.0)
         known = len(self.alone) == TIMED
-        if len(self.passing) < TIMED and not (known and mine > FAR * other):
+        if len(self.passing) < TIMED and not (known and self.long and mine > FAR * other):
             return None
         if not known and other < FAR * mine:
             return "timed, to see whether passes pay"
@@ -96,15 +101,20 @@ class Experience:
 
     def before_retry(self, steps: int) -> int:
         """Sequential runs of so many steps before it is time to see whether it is still so; those that wait for a trial do not count."""
-        return RETRY if self.account.waits(steps) else RETRY - self.calls - 1
+        return RETRY if self.account.waits(steps) else self._patience - self.calls - 1
+
+    @property
+    def _patience(self) -> int:
+        return RETRY if self.slower is None else min(self.soon, RETRY)
 
     def ran_alone(self, steps: int) -> bool:
         """Count a sequential run; whether what is known is to be forgotten, as it is time to see whether it is still so."""
         if self.account.waits(steps):
             return False
         self.calls += 1
-        if self.calls < RETRY:
+        if self.calls < self._patience:
             return False
         self.calls, slower = 0, self.slower
+        self.soon *= 2
         self.passing.clear()  # to be timed again
         return slower is None
