@@ -42,7 +42,7 @@ class CKernel:
     def __init__(self, program: Program, dtype: torch.dtype, threads: int | None = None) -> None:
         """threads: how many the way of running is chosen for, where results may not depend on how many there are."""
         self.program, self.dtype, self.threads = program, dtype, threads
-        self.compiled: CSource = emit(program, dtype is torch.float64, registers())
+        self.compiled: CSource = emit(program, dtype is torch.float64, registers(), threads)
         ways = {"seqparc_run": self.compiled.packed}
         if self.compiled.few is not None:
             ways["seqparc_run_few"] = self.compiled.few

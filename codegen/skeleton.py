@@ -182,7 +182,7 @@ APART void put_by(vf (*sum)[U], double (*total)[U * W], const int64_t n) {
 _FEW = """\
 // The same as seqparc_run, for few lanes; weights are packed in another order.
 void seqparc_run_few(const int64_t* args) {{
-  const int64_t lanes = args[0] * args[1], each = (lanes * {lanes} + args[2] - 1) / args[2], most = each < LANES ? each : LANES;
+  const int64_t team = {team}, lanes = args[0] * args[1], each = (lanes * {lanes} + team - 1) / team, most = each < LANES ? each : LANES;
   const int64_t groups = (lanes + most - 1) / most;
   #pragma omp parallel for schedule(static) num_threads((int)args[2]) if (groups * {lanes} > 1 && args[2] > 1)
   for (int64_t i = 0; i < groups * {lanes}; i++) {{
@@ -231,7 +231,7 @@ def places_of(program: Program) -> list[Ints]:
 
 def render(
     p: Printer, body: list[str], arrays: Named, following: Named, states: Named, sums: Named, parts: tuple[int, ...],
-    few: list[str] | None,
+    few: list[str] | None, team: int | None,
 ) -> str:  # fmt: skip
     """The kernel's text; `few` is for runs of few lanes, see `seqparc.codegen.rows`. `@simd.h@` and `@rows.h@` stand where those go."""
     program, slots = p.program, used(p.program)
@@ -336,7 +336,7 @@ def render(
     tile += ["  " + line if not line.startswith("#") else line for line in main]
     tile += ["}"]
     out += ["", *(tile if few is None else ["#if PART > 1", *tile, "#else", "@rows.h@", *few, "#endif"]), ""]
-    return "\n".join([*out, *_entry(p, parts, few is not None)]) + "\n"
+    return "\n".join([*out, *_entry(p, parts, few is not None, team)]) + "\n"
 
 
 def _for(size: int) -> str:
@@ -381,7 +381,7 @@ def _lanes(p: Printer) -> list[str]:
     return lines
 
 
-def _entry(p: Printer, parts: tuple[int, ...], few: bool) -> list[str]:
+def _entry(p: Printer, parts: tuple[int, ...], few: bool, team: int | None) -> list[str]:
     lanes = p.program.lanes
     if p.scalar:
         count = [
@@ -412,7 +412,7 @@ def _entry(p: Printer, parts: tuple[int, ...], few: bool) -> list[str]:
     lines += ["#if PART == 1", *_GAP.split("\n"), "// Vectors of lanes in hardware, and vectors per tile."]
     lines += ["int seqparc_width(void) { return W; }", f"int seqparc_tile(void) {{ return {parts[0]}; }}", ""]
     if few:
-        lines += _FEW.format(lanes=lanes).split("\n")
+        lines += _FEW.format(lanes=lanes, team=team or "args[2]").split("\n")
     lines += ["void seqparc_run(const int64_t* args) {", "  const int threads = (int)args[2];", *count]
     for u in tiles:
         enough = f"if (vectors >= {u} * threads{'' if p.scalar else ' || vectors > 1'}) "

@@ -33,13 +33,16 @@ class CSource:
     parts: tuple[int, ...]  # what can be compiled apart, by -DPART=: the tiles of so many vectors
 
 
-def emit(program: Program, double: bool, registers: int = 16) -> CSource:
-    """The C source of a program, for a processor with so many vector registers."""
+def emit(program: Program, double: bool, registers: int = 16, team: int | None = None) -> CSource:
+    """The C source of a program, for a processor with so many vector registers.
+
+    team: threads for which few lanes are grouped, if not as many as there are: compilers may round groups of other sizes otherwise.
+    """
     p = Printer(program, double, schedule(program, by_element=True), registers)
-    return _assemble(p, p.lines())
+    return _assemble(p, p.lines(), team)
 
 
-def _assemble(p: Printer, body: list[str]) -> CSource:
+def _assemble(p: Printer, body: list[str], team: int | None) -> CSource:
     width = _width(p)
     parts = (1,) if width == 1 else (width, 1)
     arrays = [(f"a{number}", v.size + ROWS[p.registers]) for v, number in p.plan.arrays.items()]
@@ -55,7 +58,7 @@ def _assemble(p: Printer, body: list[str]) -> CSource:
     if not p.scalar:
         with contextlib.suppress(TooIrregularError):
             lane, packed = rows.emit(p)
-    text = skeleton.render(p, body, arrays, following, states, sums, parts, lane)
+    text = skeleton.render(p, body, arrays, following, states, sums, parts, lane, team)
     for name, path in HEADERS.items():
         text = text.replace(f"@{name}@", path.read_text("utf-8"))
     return CSource(text, tuple(p.packed), packed, p.scalar, parts)

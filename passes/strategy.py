@@ -59,8 +59,10 @@ def choose(
         chunks = min((c for c in times if times[c] <= NEARLY * min(times.values())), default=1)
         if chunks < best:
             reasons.append(f"{chunks} chunks: as many as pay where each is led up to by {guess} steps")
-    if chunks == 1 or (options.chunks is None and passes == 1 and times[chunks] >= steps):
+    if chunks == 1:
         return Choice("sequential", 1, 0, ("none",), (*reasons, f"{steps} steps are too few to cut"))
+    if options.strategy == "auto" and options.chunks is None and passes == 1 and times[chunks] >= steps:
+        return Choice("sequential", 1, 0, ("none",), (*reasons, "chunks would take as long as all steps one after the other"))
     if options.strategy == "auto" and (slower or times[chunks] >= steps):
         why = slower or ("earlier runs did not converge" if passes == math.inf else f"earlier runs took {passes} passes of {chunks} chunks")
         return Choice("sequential", 1, 0, ("none",), (*reasons, why), given_up=True)

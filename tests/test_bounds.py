@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
+import itertools
 import ctypes, mmap, sys
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ for program in (p.program, p.adjoint().program):
     n, written = sum(program.state_sizes), {s.slot for s in program.emits}
     params = kernel.prepare([torch.rand(s, dtype=torch.float64) for s in program.param_sizes], [])[0]
     no_emits, no_sums = [None] * len(program.emit_sizes), [None] * len(program.sum_sizes)
-    for at_end in (False, True):
+    for at_end, few in itertools.product((False, True), (False, True)[: 1 + (kernel.compiled.few is not None)]):
+        kernel.few = lambda lanes: few
         for backwards in (False, True):
             for chunks, batch, warmup in ((1, 1, 0), (3, 1, 4), (5, 2, 9), (23, 1, 2), (4, 3, 23)):
                 edges = np.arange(chunks + 1) * steps // chunks

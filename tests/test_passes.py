@@ -332,6 +332,9 @@ def test_strategy_says_why() -> None:
     for pace, chunks in ((1.8, 8), (1.6, 16), (1.7, 8)):
         assert decide(Options(), steps=4096, warmup=100, paces=((8, 1.0), (16, pace))).chunks == chunks
     assert decide(Options(), steps=1000, passes=3, paces=((2, 0.9), (4, 2.0))).given_up
+    never = ((2, 2.0), (4, 4.0))
+    assert decide(Options(), paces=never).chunks == 1 and "as long" in decide(Options(), paces=never).reasons[-1]
+    assert decide(Options(strategy="shooting"), paces=never).chunks == 2
     assert decide(Options(strategy="sequential")).chunks == 1
     newton = decide(Options(strategy="newton"))
     assert newton == strategy.Choice("newton", 10_000, 0, ("exact",), newton.reasons)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -356,3 +358,72 @@ def test_weights_are_kept_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) 
         for steps in range(1, 6):
             rnn(torch.randn(1, steps, 3))
     assert len(made) == 1
+
+
+def test_transforms_of_a_settled_call_are_those_of_the_loop() -> None:
+    """Numbers in the place of parameters, gradients and batches of them: none is mistaken for the call that is known."""
+    torch.manual_seed(0)
+    rnn, x = seqparc.compile(nn.GRUCell(3, 4).double()), torch.randn(2, 5, 3, dtype=torch.float64)
+    for _ in range(ALIKE + 4):
+        rnn(x)
+    other = {k: 1.1 * v.detach() for k, v in rnn.named_parameters()}
+    both = {k: torch.stack([v, v / 2]) for k, v in other.items()}
+
+    def loss(module: Any, parameters: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,))[0].square().sum()
+
+    found = torch.func.grad(functools.partial(loss, rnn))(other, x)
+    many = torch.func.vmap(functools.partial(loss, rnn), (0, None))(both, x)
+    with torch.no_grad():
+        for name, p in rnn.named_parameters():
+            p.copy_(other[name])
+    right = torch.autograd.grad(rnn.sequential(x)[0].square().sum(), list(rnn.parameters()))
+    for mine, theirs in zip(found.values(), right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(many[0], rnn.sequential(x)[0].square().sum(), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for name, p in rnn.named_parameters():
+            p.copy_(both[name][1])
+    torch.testing.assert_close(many[1], rnn.sequential(x)[0].square().sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_given_start_counts_as_it_is_now(gradients: bool, replayed: list[bool]) -> None:
+    """Also where it is spread over a batch, or is several tensors."""
+    for cell, start, n in ((nn.GRUCell(3, 4), torch.zeros(4), 1), (nn.LSTMCell(3, 4), (torch.zeros(4), torch.zeros(4)), 2)):
+        rnn, x = seqparc.compile(cell, state=start), torch.randn(5, 3, 3)
+        with torch.set_grad_enabled(gradients):
+            for _ in range(ALIKE + 4):
+                rnn(x)
+            assert replayed[-1]
+            for t in start if n == 2 else (start,):
+                t.fill_(0.5)
+            torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0])
+
+
+@pytest.mark.parametrize("calls", [0, 1, ALIKE + 4])
+def test_a_start_that_is_learnt_has_its_gradient(calls: int) -> None:
+    """Whatever was called before without gradients."""
+    start = nn.Parameter(torch.randn(4))
+    rnn, x = seqparc.compile(nn.GRUCell(3, 4), state=start), torch.randn(5, 3, 3)
+    with torch.no_grad():
+        for _ in range(calls):
+            rnn(x)
+    for _ in range(ALIKE + 4):
+        found, right = (torch.autograd.grad(call(x)[0].square().sum(), start)[0] for call in (rnn, rnn.sequential))
+        torch.testing.assert_close(found, right)
+        with torch.no_grad():
+            start.add_(0.1)
+            torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0])
+    late = torch.zeros(4)
+    rnn = settled(nn.GRUCell(3, 4), x, state=late)
+    late.requires_grad_()
+    assert torch.autograd.grad(rnn(x)[0].sum(), late)[0].abs().max() > 0
+
+
+def test_nothing_of_a_call_is_kept_by_its_replay(replayed: list[bool]) -> None:
+    rnn, x, h = seqparc.compile(nn.GRUCell(3, 4)), torch.randn(1, 3, 3), torch.zeros(1, 4)
+    for _ in range(ALIKE + 6):
+        before = weakref.ref(h)
+        h = rnn(x, h)[1].detach()
+    assert replayed[-1] and before() is None

@@ -27,7 +27,7 @@ from .test_kinds import KINDS
 pytestmark = pytest.mark.usefixtures("quick")
 
 #: (chunks, batch, threads): one to four lanes run together, with and without some left over.
-RUNS = ((1, 1, 1), (1, 2, 1), (1, 3, 1), (5, 1, 2), (3, 3, 3))
+RUNS = ((1, 1, 1), (1, 2, 1), (1, 3, 1), (2, 2, 1), (5, 1, 2), (3, 3, 3))
 STEPS = 70  # past the 64 after which sums are put by
 FACTOR, UNITS = 4, 16  # times torch's own error in float32, which counts as at least so many rounding units
 
@@ -62,7 +62,20 @@ class Grouped(nn.Module):
         return torch.tanh(torch.einsum("bgi,gij->bgj", h.unflatten(1, (10, 4)), self.w).flatten(1).roll(1, 1) + x)
 
 
-OWN: dict[str, Callable[[], nn.Module]] = {"wide": Wide, "grouped": Grouped, "heads": lambda: BlockGRU(3, 11)}
+class Interleaved(nn.Module):
+    """Heads whose numbers take turns: those of one lie apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size = 33
+        self.w = nn.Parameter(torch.randn(3, 11, 11) / 4)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        a = torch.einsum("bih,hij->bjh", h.unflatten(1, (11, 3)), self.w)
+        return torch.tanh(a.flatten(1) + x)
+
+
+OWN: dict[str, Callable[[], nn.Module]] = {"wide": Wide, "grouped": Grouped, "interleaved": Interleaved, "heads": lambda: BlockGRU(3, 11)}
 VECTOR = (
     "GRU", "LSTM", "RNN tanh", "layer norm GRU", "LEM", "peephole LSTM", "two levels", "convolutions",
     "strided and transposed convolutions", "a sequence layer for one step", *OWN,
@@ -150,6 +163,12 @@ def test_lanes_do_not_depend_on_those_beside_them() -> None:
         found.append(swept(mine, torch.float32, 4, 1, True))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_where_threads_may_not_matter_lanes_are_grouped_for_a_fixed_number() -> None:
+    program = programs("GRU")["forward"]
+    assert "team = args[2]," in emit(program, double=True).text and "team = 8," in emit(program, double=True, team=8).text
+    assert "team = 8," in CKernel(program, torch.float32, threads=8).source
 
 
 def test_few_lanes_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:

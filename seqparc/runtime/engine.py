@@ -266,8 +266,10 @@ class Engine:
         routine.left -= 1
         if choice.given_up:
             known = self.experience.get((direction, batch, cut.spans.steps.bit_length()))
-            if known is not None:
-                known.ran_alone(cut.spans.steps)  # never the one after which it is tried again
+            if known is not None and known.before_retry(cut.spans.steps) > 0:
+                known.ran_alone(cut.spans.steps)
+            else:  # other lengths have counted too: the next run is watched, and the one after which it is tried again
+                routine.left = 0
         gap *= cut.rtol or cut.atol
         if direction == "forward":
             self.last.pop("backward", None)

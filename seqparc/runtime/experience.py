@@ -89,7 +89,7 @@ class Experience:
             return None
         mine, other = min(self.passing), min(self.alone, default=0.0)
         known = len(self.alone) == TIMED
-        if len(self.passing) < TIMED and not (known and self.long and mine > FAR * other):
+        if len(self.passing) < TIMED and not (known and (self.long or self.soon > RETRY) and mine > FAR * other):
             return None
         if not known and other < FAR * mine:
             return "timed, to see whether passes pay"

@@ -247,7 +247,8 @@ class CompiledRNN(nn.Module):
         known = self._understood.get(about)
         if known is not None:
             steps = leaves[0].shape[1]
-            start = given[0] if given is not None else None if known.watch is not None and known.watch.changed() else known.start
+            anew = given is None and ((known.watch is not None and known.watch.changed()) or self.start_learns())
+            start = given[0] if given is not None else None if anew else known.start
             if start is not None and steps and (len(leaves) == 1 or all(v.shape[1] == steps for v in leaves)):
                 return Call(leaves, known.convention, start, known.about)
         if leaves and not leaves[0].shape[:1].numel():
@@ -273,6 +274,13 @@ class CompiledRNN(nn.Module):
             start, _ = sig.flatten(self._initial(leaves, structure))
         check_state(start, leaves)
         return Call(leaves, asked.convention, start, asked.about)
+
+    def start_learns(self) -> bool:
+        """Whether the initial state that was given is to have a gradient, which goes through what is made of it, anew for each call."""
+        given = self._given
+        if given is None or callable(given) or not torch.is_grad_enabled():
+            return False
+        return any(isinstance(t, Tensor) and t.requires_grad for t in sig.flatten(given)[0])
 
     def _initial(self, leaves: list[Tensor], structure: sig.Structure) -> Any:
         """The initial state."""

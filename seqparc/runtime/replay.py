@@ -46,6 +46,8 @@ class Replays:
             return None
         leaves, structure = flatten(x)
         given = None if state is None else flatten(state)
+        if given is None and rnn.start_learns():
+            return None
         replay = self._known.get(_key(leaves, structure, given))
         return None if replay is None else replay.run(rnn, leaves, replay.start if given is None else given[0])
 
@@ -85,9 +87,11 @@ class Replay:
 
     def __init__(self, rnn: Any, call: Call, engine: Engine, given: bool) -> None:
         plan, (batch, steps) = engine.plan, call.leaves[0].shape[:2]
-        self.engine, self.convention, self.start = engine, call.convention, call.start
+        self.engine, self.convention, self.start = engine, call.convention, [] if given else call.start
         self.batch, self.steps = batch, steps
-        self.row = None if given else whole(call.start).contiguous()  # what it starts from, if that is always the same
+        row = None if given else whole(call.start).contiguous()
+        # What it starts from, if that is always the same memory, and not a copy.
+        self.row = row if row is not None and row.data_ptr() == call.start[0].data_ptr() and len(call.start) == 1 else None
         self.made = rnn._made
         # What modules hold is compared as a whole, which is quick where it is the very same.
         self.held = [(m, type(m), _copied(m.__dict__)) for m in self.made.modules]

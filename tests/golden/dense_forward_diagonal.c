@@ -322,7 +322,7 @@ int seqparc_tile(void) { return 2; }
 
 // The same as seqparc_run, for few lanes; weights are packed in another order.
 void seqparc_run_few(const int64_t* args) {
-  const int64_t lanes = args[0] * args[1], each = (lanes * 1 + args[2] - 1) / args[2], most = each < LANES ? each : LANES;
+  const int64_t team = args[2], lanes = args[0] * args[1], each = (lanes * 1 + team - 1) / team, most = each < LANES ? each : LANES;
   const int64_t groups = (lanes + most - 1) / most;
   #pragma omp parallel for schedule(static) num_threads((int)args[2]) if (groups * 1 > 1 && args[2] > 1)
   for (int64_t i = 0; i < groups * 1; i++) {
