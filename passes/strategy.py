@@ -55,7 +55,8 @@ def choose(
         times = {chunks: passes * (steps // chunks) + guess}
     else:
         # In steps of one chunk. Where the least differ by little fewer chunks are taken: they warm up less, and are right more often.
-        times = {c: pace * (passes * -(-steps // c) + guess) for c, pace in paces if c > 1 and c * per_warmup * guess <= steps}
+        most = steps // max(1, per_warmup * guess)  # and where that is none of the numbers, the pace of the next counts
+        times = {k: pace * (passes * -(-steps // k) + guess) for c, pace in reversed(paces) if (k := min(c, most)) > 1}
         chunks = min((c for c in times if times[c] <= NEARLY * min(times.values())), default=1)
         if chunks < best:
             reasons.append(f"{chunks} chunks: as many as pay where each is led up to by {guess} steps")

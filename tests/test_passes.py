@@ -332,6 +332,8 @@ def test_strategy_says_why() -> None:
     for pace, chunks in ((1.8, 8), (1.6, 16), (1.7, 8)):
         assert decide(Options(), steps=4096, warmup=100, paces=((8, 1.0), (16, pace))).chunks == chunks
     assert decide(Options(), steps=1000, passes=3, paces=((2, 0.9), (4, 2.0))).given_up
+    assert decide(Options(), steps=40, warmup=8, paces=alike(64)).chunks == 5
+    assert decide(Options(), steps=600, warmup=100, paces=((2, 1.0), (4, 1.0), (8, 1.3))).chunks == 4, "six may take as long as eight"
     never = ((2, 2.0), (4, 4.0))
     assert decide(Options(), paces=never).chunks == 1 and "as long" in decide(Options(), paces=never).reasons[-1]
     assert decide(Options(strategy="shooting"), paces=never).chunks == 2
