@@ -35,8 +35,9 @@ LONG = 1_000
 #: Calls before those that are timed, in which adaptive choices settle. One that takes SLOW milliseconds is the last, and is timed, if it is
 #: not the first of what compiles in its first calls.
 SETTLING, SLOW = 3, 1_000
-#: A call of fewer milliseconds is timed right after another of the same system, as in a loop, where caches and threads are its own.
-SHORT = 20
+#: Calls of fewer milliseconds are timed in a row, as in a loop, for TURN milliseconds a turn, after as many in which caches become the
+#: system's own and cores that slept are there again.
+SHORT, TURN = 20, 10
 
 
 def machine() -> dict[str, Any]:
@@ -103,6 +104,19 @@ class Timed:
             self.stats[what] = self.subject.rnn.stats
         return result
 
+    def turn(self, what: str) -> None:
+        """One call, timed, or as many short ones as there is time for."""
+        if not self.short[what]:
+            self.take(what)
+            return
+        times = self.times[what]
+        kept = len(times)
+        for _ in ("to settle", "to count"):
+            del times[kept:]
+            until = time.perf_counter() + TURN / 1000
+            while time.perf_counter() < until or len(times) == kept:
+                self.take(what)
+
     def row(self) -> dict[str, Any]:
         s = self.subject
         row: dict[str, Any] = {"system": s.name, "note": s.note, "largest_error": self.error}
@@ -141,9 +155,7 @@ def measure(case: Case, repeats: int, tick: Callable[[str], None], skip: Sequenc
         for what in ("fwd", "fwd+bwd"):
             for s in systems:
                 if not s.subject.once and what in s.calls and sum(s.times[what]) < LONG:
-                    if s.short[what]:
-                        s.calls[what]()
-                    s.take(what)
+                    s.turn(what)
     rnn = systems[-1].subject.rnn
     assert rnn is not None
     least = floors(rnn, case)
