@@ -28,9 +28,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 functorch = torch._C._functorch
 _transforms = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _tracer = torch._C._get_tracing_state
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+#: Tensors that are memory, if they are on a device with any.
+PLAIN = frozenset((Tensor, nn.Parameter))
 #: Values that can be compared, and say all about themselves.
 SIMPLE = frozenset(
     (type(None), bool, int, float, complex, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType, MethodType)
@@ -56,12 +58,20 @@ def plain(tensors: Iterable[Tensor]) -> bool:
     return not _transforms() and forward_ad._current_level < 0 and memory(tensors)
 
 
+def surrounded(home: str) -> bool:
+    """Whether anything at all surrounds a call: a transform, mode, tracer or autocast."""
+    return bool(
+        _transforms() or forward_ad._current_level >= 0 or _dispatch_modes() or _tracer() is not None or _function_modes()
+        or torch.is_autocast_enabled(home)
+    )  # fmt: skip
+
+
 def memory(tensors: Iterable[Tensor]) -> bool:
     """The same below the transforms of torch.func, as they have taken them apart."""
     if _dispatch_modes() or _tracer() is not None:
         return False
     for t in tensors:  # noqa: SIM110  quicker than all()
-        if type(t) not in _PLAIN or t.is_meta:
+        if type(t) not in PLAIN or t.is_meta:
             return False
     return True
 
@@ -86,7 +96,7 @@ def hooks() -> list[Any]:
 
 def modes() -> tuple[Any, ...]:
     """What changes or watches torch's functions, in a form that can be compared: a default device, modes of a user's own."""
-    if not torch._C._len_torch_function_stack():
+    if not _function_modes():
         return ()
     own = [m for m in _get_current_function_mode_stack() if not _of_torch(m)]
     return tuple((type(m), *(v for v in vars(m).values() if type(v) in SIMPLE)) for m in own)
@@ -121,7 +131,7 @@ def _unlooked() -> Iterator[None]:
 
 
 def _replace_modes(modes: Sequence[Any]) -> None:
-    for _ in range(torch._C._len_torch_function_stack()):
+    for _ in range(_function_modes()):
         _pop_mode()
     for m in modes:
         _push_mode(m)

@@ -203,6 +203,35 @@ def test_gradients_of_a_replayed_call(way: Callable[..., list[Tensor]], steps: i
     assert replayed[-1] and not y.requires_grad and torch.equal(y, found[0][0].detach())
 
 
+class Damped(nn.Module):
+    """Its output reads a number made of a weight that its state reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.rate = 3, nn.Parameter(torch.tensor([0.5, -0.3, 2.0]))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        leak = torch.exp(-self.rate.abs())
+        h = torch.tanh(leak * h + x)
+        return leak * h + x, h
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_output_may_read_what_the_state_reads(learns: bool, replayed: list[bool]) -> None:
+    cell = Damped().double()
+    rnn, leaves = seqparc.compile(cell), [*cell.parameters()]
+    for _ in range(ALIKE + 4):
+        x = torch.randn(2, 9, 3, dtype=torch.float64)
+        with torch.set_grad_enabled(learns):
+            found = [call(x)[0] for call in (rnn, rnn.sequential)]
+            if learns:
+                found = [torch.autograd.grad(y.square().sum(), leaves)[0] for y in found]
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            cell.rate.mul_(0.9)
+    assert replayed[-1]
+
+
 def test_a_gradient_of_the_cells_own_is_not_replayed(replayed: list[bool]) -> None:
     class Twice(torch.autograd.Function):
         @staticmethod

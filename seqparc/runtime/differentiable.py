@@ -75,7 +75,7 @@ def gradients(
     given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
     g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last, groups, stored)
     lead = (groups,) if groups else ()
-    shaped = [None if g is None else g.view((*lead, *p.shape)) for g, p in zip(g_params, params, strict=True)]
+    shaped = [g if g is None or (p.dim() == 1 and not groups) else g.view((*lead, *p.shape)) for g, p in zip(g_params, params, strict=True)]
     cast = [g if g is None or g.dtype == s.dtype else g.to(s.dtype) for g, s in zip(g_streams, streams, strict=True)]
     return [*parts(g_start, start), *cast, *shaped]
 

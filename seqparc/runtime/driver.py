@@ -285,6 +285,8 @@ def begin(p: Problem) -> Head:
 
 def sums_of(p: Problem, chunks: int) -> list[Tensor]:
     """Room for the sums of every chunk."""
+    if not p.sum_sizes:
+        return []
     dtype = p.start.dtype if p.start.device.type == "mps" else torch.float64  # which has no double
     return [p.start.new_empty(chunks, p.start.shape[0], n, dtype=dtype) for n in p.sum_sizes]
 

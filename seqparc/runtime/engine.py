@@ -264,10 +264,10 @@ class Engine:
             routine.left = routine.alike = 0
             return False
         routine.left -= 1
-        if choice.given_up:
+        if routine.patience:
             known = self.experience.get((direction, batch, cut.spans.steps.bit_length()))
-            if known is not None and known.before_retry(cut.spans.steps) > 0:
-                known.ran_alone(cut.spans.steps)
+            if known is not None and known.calls + 1 < routine.patience:
+                known.calls += 1
             else:  # other lengths have counted too: the next run is watched, and the one after which it is tried again
                 routine.left = 0
         gap *= cut.rtol or cut.atol

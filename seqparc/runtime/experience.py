@@ -101,10 +101,11 @@ class Experience:
 
     def before_retry(self, steps: int) -> int:
         """Sequential runs of so many steps before it is time to see whether it is still so; those that wait for a trial do not count."""
-        return RETRY if self.account.waits(steps) else self._patience - self.calls - 1
+        return RETRY if self.account.waits(steps) else self.patience - self.calls - 1
 
     @property
-    def _patience(self) -> int:
+    def patience(self) -> int:
+        """Sequential runs, counted from the last retry, of which the last is followed by one."""
         return RETRY if self.slower is None else min(self.soon, RETRY)
 
     def ran_alone(self, steps: int) -> bool:
@@ -112,7 +113,7 @@ class Experience:
         if self.account.waits(steps):
             return False
         self.calls += 1
-        if self.calls < self._patience:
+        if self.calls < self.patience:
             return False
         self.calls, slower = 0, self.slower
         self.soon *= 2

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from seqparc.kept import Kept, Prepared, worth_keeping
 from seqparc.runtime.calls import Call
-from seqparc.runtime.differentiable import parts, unit
-from seqparc.runtime.driver import Problem
+from seqparc.runtime.differentiable import Solve, parts, unit
 from seqparc.runtime.engine import Engine, whole
 from seqparc.runtime.pages import room
-from seqparc.runtime.routine import once
-from seqparc.runtime.run import Values, read, run, streams_of
+from seqparc.runtime.routine import swept
+from seqparc.runtime.run import Values, read, streams_of
 from seqparc.runtime.slabs import count
-from seqparc.surroundings import autocast, memory, modes, places, plain
-from seqparc.tree import Structure, flatten
+from seqparc.surroundings import PLAIN, autocast, modes, places, surrounded
+from seqparc.tree import LEAF, Structure, flatten
 
 #: Calls that are remembered, by shapes.
 MOST = 64
@@ -44,7 +43,7 @@ class Replays:
         """What the call returns; None if it is not like one that is known, or if something has changed."""
         if not self._known:
             return None
-        leaves, structure = flatten(x)
+        leaves, structure = ([x], LEAF) if type(x) is Tensor else flatten(x)
         given = None if state is None else flatten(state)
         if given is None and rnn.start_learns():
             return None
@@ -64,6 +63,8 @@ class Replays:
 
 
 def _key(leaves: Sequence[Tensor], structure: Structure, given: tuple[list[Tensor], Structure] | None) -> Any:
+    if given is None and structure is LEAF:
+        return leaves[0].shape
     return (structure, *[v.shape for v in leaves], None if given is None else (given[1], *[s.shape for s in given[0]]))
 
 
@@ -95,7 +96,8 @@ class Replay:
         self.made = rnn._made
         # What modules hold is compared as a whole, which is quick where it is the very same.
         self.held = [(m, type(m), _copied(m.__dict__)) for m in self.made.modules]
-        self.dtypes = [t.dtype for t in (*call.leaves, *call.start)]
+        self.dtypes, self.home = [t.dtype for t in (*call.leaves, *call.start)], call.leaves[0].device.type
+        self.counts = len(call.start), len(plan.core.stream_sizes)
         # Where a module has it among its parameters or buffers a tensor is looked up there, else as it was found.
         own = {id(t): functools.partial(table.get, name) for table, name, t in places(self.made.modules)}
         self.attributes = [(name, own.get(id(t := get()), get), t.shape, t.dtype) for name, get in plan.attributes.items()]
@@ -104,6 +106,7 @@ class Replay:
         self.direct = [
             d for d, n in zip(plan.direct, sizes, strict=True) if d is not None and x[d].shape[2:] == (n,) and x[d].dtype == plan.dtype
         ]  # fmt: skip
+        self.reads = plan.readout is not None and any(k[0] == "param" for k in plan.readout.inputs)  # weights that the core reads too
         self.simple = len(self.direct) == len(plan.direct) and plan.readout is None  # nothing for torch to do
 
     def run(self, rnn: Any, x: list[Tensor], start: Sequence[Tensor]) -> tuple[Any, Any] | None:
@@ -112,31 +115,42 @@ class Replay:
         routine = engine.routines.ready("forward", self.batch, self.steps)
         if routine is None or (now := self._as_it_was(rnn, x, start)) is None:
             return None
+        plan, weights = engine.plan, [now[name] for name in self.weights]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *now.values()))
+        if learns and plan.own_gradient:
+            return None
         rnn.__dict__["_last"] = engine
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *start, *now.values())):
-            if engine.plan.own_gradient:
-                return None
-            done = run(engine, x, list(start))
-            return self.convention.unflatten(done.outputs, done.last)
         begin = time.perf_counter()
         values = None if self.simple else Values(x, now.__getitem__)
-        kernel: Any = engine.kernels["forward"][1]
-        params = self._params([now[name] for name in self.weights])
-        streams = [unit(x[d]) for d in self.direct] if values is None else kernel.prepare(params, streams_of(engine.plan, values))[1]
-        row = self.row if self.row is not None else whole(start).contiguous()
-        emits = [room(s, self.batch, self.steps, s.shape[1]) for s in start]
-        problem = Problem(kernel=kernel, start=row, steps=self.steps, streams=streams, params=params, emits=emits)
-        end, _, gap = once(problem, routine)
-        if not engine.went("forward", routine, gap, self.batch, time.perf_counter() - begin):
-            return None
-        outputs = emits if values is None else read(engine.plan, values, emits, start)
-        return self.convention.unflatten(outputs, parts(end, start))
+        streams = [unit(x[d]) for d in self.direct] if values is None else streams_of(plan, values)
+        if learns:
+            engine.begin_backward(start[0].device)
+            made = plan.weights.run(*weights)
+            params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in made]
+            results = Solve.apply(engine, self.steps, self.counts, *start, *streams, *params)
+            states, last = list(results[: len(start)]), list(results[len(start) :])
+        else:
+            kernel: Any = engine.kernels["forward"][1]
+            params, streams = kernel.prepare(self._params(weights), streams)
+            row = self.row if self.row is not None else whole(start).contiguous()
+            states = [room(s, self.batch, self.steps, s.shape[1]) for s in start]
+            end, gap = swept(kernel, routine, row, streams, params, states)
+            if not engine.went("forward", routine, gap, self.batch, time.perf_counter() - begin):
+                return None
+            last = list(parts(end, start))
+        if values is None:
+            return self.convention.unflatten(states, last)
+        if self.reads:
+            values |= {("param", i): w for i, w in enumerate(made if learns else plan.weights.run(*weights))}
+        return self.convention.unflatten(read(plan, values, states, start), last)
 
     def _as_it_was(self, rnn: Any, x: Sequence[Tensor], start: Sequence[Tensor]) -> dict[str, Tensor] | None:
         """The tensors that the cell uses, by name; None if anything that decides about the call is not as it was."""
-        tensors = (*x, *start)
-        if modes() or autocast("cpu") is not None or not plain(tensors) or [t.dtype for t in tensors] != self.dtypes:
+        if surrounded(self.home):
             return None
+        for t, dtype in zip((*x, *start), self.dtypes, strict=True):
+            if type(t) not in PLAIN or t.dtype is not dtype or not t.is_cpu:
+                return None
         try:
             for m, kind, was in self.held:
                 if type(m) is not kind or m.__dict__ != was:
@@ -147,11 +161,11 @@ class Replay:
             return None
         now: dict[str, Any] = {}
         for name, get, shape, dtype in self.attributes:
-            now[name] = t = get()
-            if t is None or t.shape != shape or t.dtype is not dtype:
+            here: Any = get()
+            if type(here) not in PLAIN or here.shape != shape or here.dtype is not dtype or not here.is_cpu:
                 return None
-        tensors = (*tensors, *now.values())
-        return now if memory(tensors) and all(t.is_cpu for t in tensors) else None
+            now[name] = here
+        return now
 
     def _params(self, now: list[Tensor]) -> Prepared:
         """The weights as the kernel is given them."""

@@ -6,6 +6,7 @@ once, and only the gap is looked at. Now and then one is watched again, so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from seqparc.runtime.driver import PIECE, Cut, Outcome, Problem, sums_of
 from seqparc.runtime.experience import Experience
 
 #: Runs that go alike in a row before the next goes by routine, and runs after which one is watched again.
-ALIKE, AGAIN = 4, 64
+ALIKE, AGAIN = 4, 256
 #: Shapes of an engine that are followed.
 MOST = 256
 #: Ways in which the tensors of a shape lie that are remembered.
@@ -32,6 +33,7 @@ class Routine:
     cut: Cut
     alike: int = 0  # runs that have gone this way in a row
     left: int = 0  # runs that may go this way before one is watched
+    patience: int = 0  # where runs are sequential and count towards a retry: how many all lengths that share what is known may make
     sweeps: dict[Any, Any] = field(default_factory=dict)  # by how the tensors lie, ready to be run on others
 
     @property
@@ -44,36 +46,45 @@ class Routine:
         """A run that was watched went this way."""
         choice = self.choice
         simple = outcome.converged and outcome.passes == 1 and outcome.update == "none" and self.repeatable
-        # A sequential run may be but one of those that passes are compared with, or before a trial that is saved up for.
-        open_yet = choice.given_up and known is not None and known.undecided(steps)
+        # A sequential run may be but one of those that passes are compared with, or before a trial: one saved up for, or the next run.
+        open_yet = choice.given_up and (known is None or known.undecided(steps))
         self.alike = self.alike + 1 if simple and not open_yet else 0
         if self.alike >= ALIKE:
-            self.left = AGAIN if not choice.given_up or known is None else min(AGAIN, known.before_retry(steps))
+            self.left, self.patience = AGAIN, 0
+            if choice.given_up and known and not known.account.waits(steps):
+                self.left, self.patience = min(AGAIN, known.before_retry(steps)), known.patience
 
 
 def once(p: Problem, routine: Routine) -> tuple[Tensor, list[Tensor], float]:
     """One pass over chunks that the cut's warm-up leads up to, or one over all steps: the last state, the sums, and the gap in units of the
     tolerance. Up to one it is the whole run.
     """
-    kernel: Any = p.kernel  # in C: others have no routines
-    cut, start = routine.cut, p.start if p.start.is_contiguous() else p.start.contiguous()
-    chunks = len(cut.spans)
-    params, streams = kernel.prepare(p.params, p.streams)
-    sums = sums_of(p, chunks)
-    lie = (*[x.stride() for x in streams], *[None if y is None else y.stride() for y in p.emits])
+    params, streams = p.kernel.prepare(p.params, p.streams)
+    start, sums = p.start if p.start.is_contiguous() else p.start.contiguous(), sums_of(p, len(routine.cut.spans))
+    end, gap = swept(p.kernel, routine, start, streams, params, p.emits, sums, p.backwards)
+    return end, sums, gap
+
+
+def swept(
+    kernel: Any, routine: Routine, start: Tensor, streams: Sequence[Tensor], params: Sequence[Tensor], emits: Sequence[Tensor | None],
+    sums: Sequence[Tensor] = (), backwards: bool = False,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """`once`, of what is prepared, by a kernel in C: others have no routines. The last state and the gap."""
+    cut, shape = routine.cut, start.shape
+    lie = (*[x.stride() for x in streams], *[None if y is None else y.stride() for y in emits])
     sweep = routine.sweeps.get(lie)
     if sweep is None:
         if len(routine.sweeps) >= WAYS:
             routine.sweeps.clear()
-        sweep = kernel.again(cut.spans, start, streams, params, p.emits, sums, p.backwards, cut.fade)
-        routine.sweeps[lie] = sweep
-    end = start.new_empty(chunks, *start.shape)
-    if chunks == 1:
-        sweep.run(start, streams, params, p.emits, sums, end)
-        return end[0], sums, 0.0
-    reached, sizes = start.new_empty(chunks, *start.shape), start.new_empty(chunks, *start.shape)
-    sweep.run(start, streams, params, p.emits, sums, end, reached, sizes)
-    return end[chunks - 1], sums, kernel.gap(reached, end, sizes, cut.atol, cut.rtol)[0]
+        sweep = routine.sweeps[lie] = kernel.again(cut.spans, start, streams, params, emits, sums, backwards, cut.fade)
+    if routine.choice.chunks == 1:
+        end = start.new_empty(shape)
+        sweep.run(start, streams, params, emits, sums, end)
+        return end, 0.0
+    chunks = len(cut.spans)
+    end, reached, sizes = start.new_empty(chunks, *shape), start.new_empty(chunks, *shape), start.new_empty(chunks, *shape)
+    sweep.run(start, streams, params, emits, sums, end, reached, sizes)
+    return end[chunks - 1], kernel.gap(reached, end, sizes, cut.atol, cut.rtol)[0]
 
 
 class Routines:

@@ -45,7 +45,8 @@ def of_params(
     """The gradient of each parameter, flat, or None. emits, sums, read: what the adjoint's kernel wrote, and the streams it read."""
     found: list[Tensor | None] = [None] * len(params)
     for e in adjoint.params:
-        total = sums[e.slot].sum((0, 1)).to(params[e.target].dtype)
+        total = sums[e.slot]
+        total = (total.view(-1) if total.shape[0] == total.shape[1] == 1 else total.sum((0, 1))).to(params[e.target].dtype)
         if not e.direct:
             total = total.new_zeros(params[e.target].numel()).index_add_(0, places(e.columns, total.device), total)
         found[e.target] = _plus(found[e.target], total)
@@ -67,8 +68,10 @@ def _product(d: Tensor, x: Tensor) -> Tensor:
     """Σ over samples and steps of d xᵀ: [batch, time, m] and [batch, time, k] give [m, k].
 
     In pieces of the sum, by samples, so that nothing is copied, and on a processor by stretches of time: one product of long thin
-    matrices runs in one thread. The narrow one is best the left one.
+    matrices runs in one thread. The narrow one is best the left one, where there is more to do than to call torch.
     """
+    if d.shape[0] == 1 and d.shape[1] < PIECES * LEAST:
+        return d[0].t() @ x[0]
     if x.shape[-1] > d.shape[-1]:
         return _product(x, d).t()
     batch, steps = d.shape[:2]
