@@ -48,7 +48,7 @@ def _validate(*args: Any) -> Any:
 def _backends(options: Options, device: torch.device) -> list[tuple[str, Any]]:
     """Backends to try, in order."""
     from seqparc.codegen.launch import CKernel
-    from seqparc.runtime.engine import THREADS
+    from seqparc.runtime.cuts import THREADS
     from seqparc.runtime.interpreter import TorchKernel
 
     asked = options.backend

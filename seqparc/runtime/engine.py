@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 import warnings
 import weakref
@@ -23,6 +22,7 @@ from seqparc.options import Options
 from seqparc.plan import Choice, History, Plan, Stats, combined
 from seqparc.runtime.alone import MOST_PASSES, Unseen, solve_alone
 from seqparc.runtime.budget import Account
+from seqparc.runtime.cuts import Cuts
 from seqparc.runtime.driver import NOTHING, Cut, Kernel, Outcome, Problem, begin, solve
 from seqparc.runtime.experience import FLOOR, RETRY, Experience, Shape
 from seqparc.runtime.making import Begun, uncollected
@@ -32,18 +32,7 @@ from seqparc.runtime.routine import Routine, Routines, once
 from seqparc.runtime.slabs import row_bytes
 from seqparc.runtime.tuning import Tuner
 from seqparc.runtime.weights import Places, of_params
-from seqparc.spans import cut_evenly
 
-#: A start state has converged when it moves by at most this many rounding units, by chunk length. A state that remembers M steps holds the
-#: rounding of M steps, about sqrt(M) units, and the jumps of M / length chunks: a jump of half of sqrt(length) adds half as much.
-UNITS = (2.0, 8.0)
-#: Steps from which on a chunk's rounding is taken for a random walk.
-LONG = 32
-#: Times that for states that do remember more than a chunk: half of sqrt(length) is one standard deviation of what rounding moves, and the
-#: largest of many moves is about four.
-SLACK = 4.0
-#: Threads for which chunks are cut where nothing may depend on how many there are.
-THREADS = 8
 #: Of so many runs that nobody watched one is looked at afterwards.
 LOOK = 16
 
@@ -69,12 +58,12 @@ class Engine:
     def __init__(self, plan: Plan, backends: Sequence[tuple[str, MakeKernel]], options: Options, choose: Callable[..., Any]) -> None:
         if plan.step is not None:
             backends, options = [("torch", functools.partial(OpaqueKernel, plan.step))], replace(options, update="none")
-        self.plan, self.options, self.choose = plan, options, choose
+        self.plan, self.options = plan, options
         self.backends = list(backends)
         self.offered = tuple(name for name, _ in backends)
         self.kernels: dict[str, tuple[str, Kernel]] = {}
         self.experience: dict[Shape, Experience] = {}
-        self._decided: dict[Any, tuple[Choice, Cut, Shape]] = {}
+        self.cuts = Cuts(plan, options, choose)
         self._begun: dict[str, tuple[str, Begun[Kernel]]] = {}
         self._making, self._learning = Lock(), Lock()  # kernels; from runs
         self.last: dict[str, tuple[str, Choice, Cut, Outcome]] = {}  # by direction: what the last call did
@@ -147,53 +136,19 @@ class Engine:
             self._begun[key] = name, Begun(lambda: make(adjoint().program, self.plan.dtype, device))
 
     def _decide(self, direction: str, kernel: Kernel, batch: int, steps: int, watched: bool = True) -> tuple[Choice, Cut, Shape]:
-        """How to run, the cut that follows from it, and the key that a better warm-up is remembered under.
-
-        Not watched: without anything that the host would have to look at.
-        """
-        plan, options = self.plan, self.options if watched else replace(self.options, strategy="sequential")
-        threads = THREADS if options.deterministic else torch.get_num_threads()
-        best = kernel.chunks_wanted(batch, threads)
+        """How to run, the cut that follows from it, and the key that a better warm-up is remembered under; see `Cuts`."""
         shape = direction, batch, steps.bit_length()
         known = self.experience.get(shape, UNKNOWN)
-        slower = known.slower or known.account.waits(steps)
-        key = (
-            direction, batch, steps, best, threads, watched, kernel.chunk_per_warmup,
-            known.warmup, known.passes, known.fade, known.floor, slower,
-        )  # fmt: skip
-        decided = self._decided.get(key)
-        if decided is None:
-            most = min(best, steps)  # and powers of two below it
-            paces = tuple((c, kernel.pace(c, batch, threads)) for c in (*(1 << k for k in range(1, (most - 1).bit_length())), most))
-            choice: Choice = self.choose(
-                options, steps=steps, paces=paces, n=plan.program.n, scalar=plan.scalar, affine=direction == "backward",
-                warmup=known.warmup, passes=known.passes, per_warmup=kernel.chunk_per_warmup, slower=slower,
-            )  # fmt: skip
-            if not watched:
-                choice = replace(choice, reasons=("a CUDA graph is being made, in which gaps cannot be waited for",))
-            eps, together = torch.finfo(plan.dtype).eps, choice.chunks / kernel.pace(choice.chunks, batch, threads)
-            unit = eps * min(max(math.sqrt(steps / choice.chunks) / 2, UNITS[0]), UNITS[1])
-            cut = Cut(
-                cut_evenly(steps, choice.chunks, choice.warmup if choice.chunks > 1 else 0), choice.updates,
-                atol=eps**2 if options.atol is None else options.atol,
-                rtol=max(unit, known.floor) if options.rtol is None else options.rtol,
-                fade=known.fade, floor=FLOOR * eps if options.rtol is None else 0.0, fill=together,
-                slack=SLACK if options.rtol is None and steps >= LONG * choice.chunks else 1.0,
-                max_passes=options.max_passes, on_divergence=options.on_divergence,
-                patient=options.strategy != "auto",
-            )  # fmt: skip
-            if len(self._decided) > 256:
-                self._decided.clear()
-            decided = self._decided[key] = choice, cut, shape
-            if known.why and choice.given_up and shape in self.converged and not self.warned:
-                self.warned = True
-                message = (
-                    f"{self.name} has become sequential: its {direction} runs of {steps} steps used to converge in parallel and no longer "
-                    f"do ({known.why}). Results are exact as before; it is tried again every {RETRY} calls. "
-                    "rnn.stats.history has counts, rnn.explain(x) says how far the cell remembers."
-                )
-                warnings.warn(message, SeqparcWarning, stacklevel=2)
-        return decided
+        choice, cut = self.cuts.decide(direction, kernel, batch, steps, known, watched)
+        if known.why and choice.given_up and shape in self.converged and not self.warned:
+            self.warned = True
+            message = (
+                f"{self.name} has become sequential: its {direction} runs of {steps} steps used to converge in parallel and no longer "
+                f"do ({known.why}). Results are exact as before; it is tried again every {RETRY} calls. "
+                "rnn.stats.history has counts, rnn.explain(x) says how far the cell remembers."
+            )
+            warnings.warn(message, SeqparcWarning, stacklevel=2)
+        return choice, cut, shape
 
     def correction(self, key: str, device: torch.device, update: str) -> tuple[Kernel, np.ndarray]:
         """See `seqparc.runtime.driver.Problem`."""
