@@ -18,6 +18,7 @@ that overrides its own gradient is handled where the cell is traced, and its Jac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,13 @@ class Adjoint:
     streams: tuple[Emitted, ...]
     params: tuple[Emitted, ...]  # their slots count sums, not emits
     outers: tuple[Outer, ...]
+
+    def idle(self, wanted: Sequence[bool] | None) -> frozenset[int]:
+        """Emit slots that need not be written where only some streams' gradients are wanted."""
+        if wanted is None:
+            return frozenset()
+        read = {slot for o in self.outers for slot in (o.delta, o.x)} | {e.slot for e in self.streams if wanted[e.target]}
+        return frozenset(e.slot for e in self.streams) - read
 
 
 def _add(a: Value | None, b: Value | None) -> Value | None:

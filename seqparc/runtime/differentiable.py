@@ -58,7 +58,8 @@ class Solve(torch.autograd.Function):
         with recast(states[0].device.type, None), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             before = [r.narrow(1, 0, r.shape[1] - 1) for r in states]
             g_last = whole([g if g is not None else torch.zeros_like(s) for g, s in zip(grads[n_state:], start, strict=True)])
-            found = gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last, stored=stored)
+            wanted = ctx.needs_input_grad[3 + n_state : 3 + n_state + n_stream]
+            found = gradients(ctx.engine, start, before, streams, params, grads[:n_state], g_last, stored=stored, wanted=wanted)
             results = (None, None, None, *found)
         return once(results, tensors) if torch.is_grad_enabled() else results
 
@@ -66,14 +67,15 @@ class Solve(torch.autograd.Function):
 def gradients(
     engine: Engine, start: Sequence[Tensor], before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor],
     g_states: Sequence[Tensor | None], g_last: Tensor, groups: int = 0, stored: Sequence[Tensor] = (),
+    wanted: tuple[bool, ...] | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the start state per slot, the streams and the parameters, from those of the states after each step and of the last.
 
     groups: if given, those of the parameters are [groups, ...], of as many parts of the batch.
-    stored: what forward wrote beside the states, if it did.
+    stored: what forward wrote beside the states, if it did; wanted: which streams' gradients are, all if not given.
     """
     given = [unit(g) if g is not None else b.new_zeros(b.shape[-1]).expand_as(b) for g, b in zip(g_states, before, strict=True)]
-    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last, groups, stored)
+    g_start, g_streams, g_params = engine.backward(before, streams, params, given, g_last, groups, stored, wanted)
     lead = (groups,) if groups else ()
     shaped = [g if g is None or (p.dim() == 1 and not groups) else g.view((*lead, *p.shape)) for g, p in zip(g_params, params, strict=True)]
     cast = [g if g is None or g.dtype == s.dtype else g.to(s.dtype) for g, s in zip(g_streams, streams, strict=True)]

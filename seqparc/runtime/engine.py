@@ -358,20 +358,21 @@ class Engine:
 
     def backward(
         self, before: Sequence[Tensor], streams: Sequence[Tensor], params: Sequence[Tensor], g_states: Sequence[Tensor], g_last: Tensor,
-        groups: int = 0, stored: Sequence[Tensor] = (),
+        groups: int = 0, stored: Sequence[Tensor] = (), wanted: tuple[bool, ...] | None = None,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
         """Gradients of the start state (flat), the streams and the parameters (flat). `before`: the state before each step.
 
         groups: if given, those of the parameters are [groups, ...], of as many parts of the batch.
-        stored: what forward wrote beside the states, if it did.
+        stored: what forward wrote beside the states, if it did; wanted: which streams' gradients are, all if not given.
         """
         adjoint = self.stored.adjoint if stored else self.plan.adjoint()
         program = adjoint.program
         batch, steps = before[0].shape[:2]
         n_streams = len(streams)
+        idle = adjoint.idle(wanted)
         emits: list[Tensor | None] = [
-            (room(g_last, batch, steps, size) if filled == 1 else g_last.new_zeros(batch, steps, size)) if filled else None
-            for filled, size in zip(program.filled, program.emit_sizes, strict=True)
+            None if not filled or k in idle else room(g_last, batch, steps, n) if filled == 1 else g_last.new_zeros(batch, steps, n)
+            for k, (filled, n) in enumerate(zip(program.filled, program.emit_sizes, strict=True))
         ]
         read = [*streams, *before, *g_states, *stored]
         end, sums = self.solve(
@@ -381,8 +382,7 @@ class Engine:
         g_streams: list[Tensor | None] = [None] * n_streams
         for e in adjoint.streams:
             out = emits[e.slot]
-            assert out is not None
-            if not e.direct:
+            if out is not None and not e.direct:
                 wide = out.new_zeros(batch, steps, streams[e.target].shape[-1])
                 out = wide.index_add_(-1, self._places(e.columns, out.device), out)
             g_streams[e.target] = out

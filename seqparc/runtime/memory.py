@@ -194,13 +194,15 @@ def _adjoint(ledger: _Ledger, plan: Plan, call: _Call) -> tuple[str, int]:
     rows, item, found = call.rows, plan.dtype.itemsize, call.stored(plan)
     adjoint = plan.adjoint() if found is None else found.adjoint
     program = adjoint.program
-    written = {k: size for k, (size, filled) in enumerate(zip(program.emit_sizes, program.filled, strict=True)) if filled}
+    idle = adjoint.idle([d is None or call.wants(("x", d)) for d in plan.direct])
+    filled = enumerate(zip(program.emit_sizes, program.filled, strict=True))
+    written = {k: size for k, (size, part) in filled if part and k not in idle}
     direct = {e.slot for e in adjoint.streams if e.direct}
     through = ledger.add("cotangents of the streams", rows * item * sum(n for k, n in written.items() if k in direct))
     factors = ledger.add("factors of the weights' gradients", rows * item * sum(n for k, n in written.items() if k not in direct))
     held = item * (3 * sum(program.state_sizes) if call.chunks[1] > 1 else 0) + 8 * sum(program.sum_sizes)
     ledger.passing("chunks", call.chunks[1] * call.batch * held)
-    whole = sum(plan.core.stream_sizes[e.target] for e in adjoint.streams if not e.direct)
+    whole = sum(plan.core.stream_sizes[e.target] for e in adjoint.streams if not e.direct and e.slot not in idle)
     wide = ledger.add("cotangents of the streams", rows * item * whole)
     copies = [_copied(o, plan, program, call) for o in adjoint.outers if o.x < 0]
     ledger.passing("factors of the weights' gradients", rows * item * max(copies, default=0))
