@@ -35,9 +35,9 @@ LONG = 1_000
 #: Calls before those that are timed, in which adaptive choices settle. One that takes SLOW milliseconds is the last, and is timed, if it is
 #: not the first of what compiles in its first calls.
 SETTLING, SLOW = 3, 1_000
-#: Calls of fewer milliseconds are timed in a row, as in a loop, for TURN milliseconds a turn, after as many in which caches become the
-#: system's own and cores that slept are there again.
-SHORT, TURN = 20, 10
+#: Calls of fewer milliseconds than SHORT are timed in a row, as in a loop, for TURN milliseconds a turn, after as many in which caches
+#: become the system's own and cores that slept are there again; those of fewer than WAKING one by one, after one that is not timed.
+SHORT, TURN, WAKING = 20, 10, 200
 
 
 def machine() -> dict[str, Any]:
@@ -76,46 +76,49 @@ class Timed:
     def __init__(self, subject: Subject, right: Tensor) -> None:
         self.subject = subject
         self.calls = {"fwd": subject.forward} | ({"fwd+bwd": subject.both} if subject.both else {})
-        self.times: dict[str, list[float]] = {what: [] for what in self.calls}
+        self.times: dict[str, list[float]] = {what: [] for what in self.calls}  # a turn's median each
         self.memory: dict[str, int | None] = {}
         self.stats: dict[str, Any] = {}  # of the last call of each direction
-        self.short: dict[str, bool] = {}
+        self.ratios: list[float] = []  # of what the recurrence of a call took backward and forward
+        self.once: dict[str, float] = {}  # about what a call takes
         self.first_s = self.before_s = 0.0  # in the first calls; in all that came before the turns
         for what, times in self.times.items():
             for n in range(SETTLING):
-                self.memory[what], result = peak(functools.partial(self.take, what))
+                self.memory[what], (took, result) = peak(functools.partial(self.take, what))
                 if what == "fwd" and n == 0:
                     y = subject.read(result)[:, : right.shape[1]]
                     self.error = float((y.double() - right[:, : y.shape[1]]).abs().max())
                 del result
-                enough = subject.once or (times[-1] > SLOW and (n > 0 or subject.rnn is None))
-                if enough:
+                self.first_s += took / 1000 if n == 0 else 0
+                if subject.once or (took > SLOW and (n > 0 or subject.rnn is None)):
+                    times.append(took)
+                    self.look(what)
                     break
-            self.first_s += times[0] / 1000
-            self.short[what] = times[-1] < SHORT
-            del times[: -1 if enough else None]
+            self.once[what] = took
 
-    def take(self, what: str) -> Any:
-        """A call, timed."""
+    def take(self, what: str) -> tuple[float, Any]:
+        """The milliseconds of a call, and what it gave."""
         begin = time.perf_counter()
         result = self.calls[what]()
-        self.times[what].append(1000 * self.subject.scale * (time.perf_counter() - begin))
-        if self.subject.rnn is not None:
-            self.stats[what] = self.subject.rnn.stats
-        return result
+        return 1000 * self.subject.scale * (time.perf_counter() - begin), result
 
     def turn(self, what: str) -> None:
-        """One call, timed, or as many short ones as there is time for."""
-        if not self.short[what]:
-            self.take(what)
-            return
-        times = self.times[what]
-        kept = len(times)
-        for _ in ("to settle", "to count"):
-            del times[kept:]
-            until = time.perf_counter() + TURN / 1000
-            while time.perf_counter() < until or len(times) == kept:
-                self.take(what)
+        """A call, timed, or as many short ones as there is time for, after as many that are not."""
+        took: list[float] = []
+        for _ in range(2 if self.once[what] < WAKING else 1):
+            took.clear()
+            until = time.perf_counter() + (TURN / 1000 if self.once[what] < SHORT else 0)
+            while not took or time.perf_counter() < until:
+                took.append(self.take(what)[0])
+        self.times[what].append(statistics.median(took))
+        self.look(what)
+
+    def look(self, what: str) -> None:
+        """Note what is told of the last call."""
+        if self.subject.rnn is not None:
+            self.stats[what] = stats = self.subject.rnn.stats
+            if stats.backward is not None and stats.seconds and stats.backward.seconds:
+                self.ratios.append(stats.backward.seconds / stats.seconds)
 
     def row(self) -> dict[str, Any]:
         s = self.subject
@@ -128,6 +131,8 @@ class Timed:
         seconds = s.compile_s if s.rnn is None else s.rnn.stats.compile_seconds
         if seconds is not None:
             row["compile_s"] = seconds
+        if self.ratios:
+            row["backward_over_forward"] = statistics.median(self.ratios)
         if self.stats:
             for key, part in (("forward", self.stats["fwd"]), ("backward", self.stats["fwd+bwd"].backward)):
                 if part is not None:

@@ -14,9 +14,10 @@ DIRECTIONS = (("fwd", "forward"), ("fwd+bwd", "with gradients"))
 
 HEAD = """
 Medians of calls from Python, preparation and allocation included; systems take turns, so that a slow moment of the machine hits all;
-min–max says how noisy it was. What takes less than 20 ms is called in a row for 20, as in a loop, and timed in the second half: on a
-virtual machine the first call in two threads after a pause may wait 3 to 6 ms for the second core. What takes seconds is called once or
-twice and, where its row says so, over a part of the steps. Errors are the largest of the outputs against the loop in float64.
+min–max says how noisy its turns were. What takes less than 20 ms is called in a row for 20, as in a loop, and a turn is the median of the
+second half; what takes up to 200 ms is timed after one call that is not: on a virtual machine the first call in two threads after a pause
+may wait 3 to 6 ms for the second core. What takes seconds is called once or twice and, where its row says so, over a part of the steps.
+Errors are the largest of the outputs against the loop in float64.
 
 MiB is what the process's resident set grew by at most during a call, above what was there before, results included and inputs not: VmHWM
 over VmRSS, one heap for all threads, after what earlier calls freed was given back; to about a quarter of a MiB. "× floor" is the time

@@ -34,6 +34,8 @@ from targets import Verdict, told, verdict, zoo  # noqa: E402
 COMPILED = ("elementwise GRU", "GRU", "LSTM", "RNN tanh", "RNN relu", "minGRU", "sLSTM", "block GRU", "layer norm GRU", "IndRNN", "LEM",
             "peephole LSTM", "two levels", "affine", "sparse")  # fmt: skip
 COLD, WARM, FLAT = 2.0, 0.15, 0.2
+#: What a recurrence backward may take, in what it takes forward.
+ADJOINT = 2.5
 
 COLOURS = {
     "eager loop": "0.8", "torch.compile, step": "0.65", "torch.compile, chunk": "0.5", "torch built-in": "tab:orange",
@@ -64,6 +66,8 @@ def judge(case: Case, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     found = [
         verdict(f"{case.name}: {what} over its floor", 2, ours[what]["median"] / ours["floor"][what]["ms"]) for what in ("fwd", "fwd+bwd")
     ]
+    if "backward_over_forward" in ours:
+        found.append(verdict(f"{case.name}: recurrence backward over forward", ADJOINT, ours["backward_over_forward"]))
     for t in case.targets:
         other_what = t.other_what or t.what
         other = by_name.get(t.other, {}).get(other_what)

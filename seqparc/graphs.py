@@ -166,13 +166,17 @@ def classify(graph: fx.Graph) -> None:
 
 @dataclass
 class Piece:
-    """A part of the graph that torch runs: `run(*values)` with one value per entry of `inputs`, which `sources` are in the whole graph."""
+    """A part of the graph that torch runs: `run(*values)` with one value per entry of `inputs`, which `sources` are in the whole graph.
+
+    reads: what each of its results is made of, of the inputs.
+    """
 
     inputs: list[Key]
     run: Callable[..., Sequence[torch.Tensor]]
     code: str
     operations: list[fx.Node]
     sources: list[fx.Node] = field(default_factory=list)
+    reads: list[frozenset[Key]] = field(default_factory=list)
 
 
 def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
@@ -182,16 +186,19 @@ def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
     sources: list[fx.Node] = []
     made: dict[fx.Node, fx.Node] = {}
     operations: list[fx.Node] = []
+    read: dict[fx.Node, frozenset[Key]] = {}
     for node in _order(outputs, stops):
         if node in stops or node.op == "placeholder":
             key = stops.get(node) or node.meta["key"]
             inputs.append(key)
+            read[node] = frozenset((key,))
             sources.append(node)
             made[node] = graph.placeholder("_".join(map(str, key)))
             made[node].target = made[node].name  # which is a name of Python's, and of no other: an attribute's may be neither
         else:
             made[node] = graph.node_copy(node, lambda n: made[n])
             operations.append(node)
+            read[node] = frozenset().union(*(read[n] for n in node.all_input_nodes))
     # Placeholders come first in fx; a node met later may need moving there.
     first = next((n for n in graph.nodes if n.op != "placeholder"), None)
     if first is not None:
@@ -200,7 +207,7 @@ def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
                 first.prepend(node)
     graph.output(tuple(made[n] for n in outputs))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    return Piece(inputs, module.forward, module.code, [n for n in operations if "val" in n.meta], sources)
+    return Piece(inputs, module.forward, module.code, [n for n in operations if "val" in n.meta], sources, [read[n] for n in outputs])
 
 
 def _order(outputs: Iterable[fx.Node], stops: Container[fx.Node]) -> list[fx.Node]:
@@ -222,6 +229,10 @@ def real_part(t: torch.Tensor) -> torch.Tensor:
 
 def imaginary_part(t: torch.Tensor) -> torch.Tensor:
     return t.resolve_conj().imag
+
+
+#: What `apart` puts into a graph.
+PARTS = (real_part, imaginary_part)
 
 
 def apart(node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -20,7 +20,7 @@ from torch import fx
 from seqparc import ir
 from seqparc.errors import TraceError, UnsupportedOpError
 from seqparc.fold import worth_folding
-from seqparc.graphs import Graph, apart
+from seqparc.graphs import PARTS, Graph, apart
 from seqparc.ir import Value
 from seqparc.layout import Ints, Laid, Layouts, Pair
 from seqparc.ops import ATEN, SPLITS, VIEWS
@@ -199,7 +199,8 @@ class Lowering(Layouts):
         if kind == "const" and node.op != "placeholder" and not is_view:
             return self._constant(node)
         if kind in ("param", "x") and not is_view and not (self.folding and worth_folding(node)):
-            if self.unknown is not None and kind == "x" and node.op != "placeholder":  # all of an opaque cell runs over all rows
+            # All of an opaque cell runs over all rows; parts of what is complex are nobody's operation.
+            if self.unknown is not None and kind == "x" and node.op != "placeholder" and node.target not in PARTS:
                 return self._operation(node)
             if kind == "param" or _batch_first(val, self.graph.batch_sizes[0]):
                 return self._frontier(node, kind, val)

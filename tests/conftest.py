@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the run that starts them
     _CACHE = tempfile.TemporaryDirectory(prefix="seqparc-tests-")
@@ -49,3 +50,19 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(store, "_private", None)
     monkeypatch.setattr(store, "_said", False)
     return folder
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call that came so far was answered by a replay."""
+    from seqparc.runtime.replay import Replay
+
+    seen: list[bool] = []
+    real = Replay.run
+
+    def run(self: Replay, *args: Any) -> Any:
+        seen.append((answer := real(self, *args)) is not None)
+        return answer
+
+    monkeypatch.setattr(Replay, "run", run)
+    return seen

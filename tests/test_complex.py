@@ -230,3 +230,25 @@ def test_in_a_graph_of_torch_compile() -> None:
     expected = rnn(x, h)
     got = torch.compile(lambda a, b: rnn(a, b), fullgraph=True, backend="aot_eager")(x, h)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+@pytest.mark.parametrize("what", ["x", "start", "weight", "cotangent"])
+def test_numbers_that_are_there_with_the_other_sign(what: str, numbers: int) -> None:
+    """torch's imaginary part of a conjugate is a view whose numbers are to be negated when they are read."""
+
+    def given(name: str, *shape: int) -> Tensor:
+        view = noise(*shape).conj().imag
+        assert view.is_neg()
+        return view if name == what else view.resolve_neg()
+
+    w = given("weight", numbers)
+    rnn = seqparc.compile(lambda x, h: torch.tanh(w * h + x), state=torch.zeros(numbers), backend="c")
+    for steps in (1, T):
+        for _ in range(7):
+            x, h = given("x", B, steps, numbers), given("start", B, numbers)
+            g, x = given("cotangent", B, steps, numbers), x if what == "x" else x.requires_grad_()
+            mine, right = rnn(x, h), rnn.sequential(x, h)
+            torch.testing.assert_close(mine, right)
+            if x.requires_grad:
+                torch.testing.assert_close(torch.autograd.grad(mine[0], x, g), torch.autograd.grad(right[0], x, g))

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import seqparc
+from seqparc.plan import Choice
 from seqparc.runtime import experience
 from seqparc.runtime.budget import Account, Pace
-from seqparc.runtime.driver import Outcome
+from seqparc.runtime.driver import Cut, Outcome
 from seqparc.runtime.experience import Experience
+from seqparc.runtime.routine import ALIKE, Routine
+from seqparc.spans import cut_evenly
 
 
 @pytest.mark.parametrize("backend", ["c", "torch"])
@@ -245,3 +248,17 @@ def test_a_run_that_waits_for_a_trial_is_not_on_its_way_to_a_retry() -> None:
     known.account.pace = None  # where steps are counted none waits
     assert [known.ran_alone(50) for _ in range(experience.RETRY)].index(True) == experience.RETRY - 1
     assert known.before_retry(50) == experience.RETRY - 1
+
+
+def test_a_retry_that_is_due_is_the_next_run() -> None:
+    """And not after all the runs that may go by routine."""
+    known = Experience()
+    known.passing.extend([5e-6] * 3)
+    known.alone.extend([1e-6] * 3)
+    routine = Routine(Choice("sequential", 1, 0, ("none",), (), given_up=True), Cut(cut_evenly(1000, 1)))
+    left = []
+    for _ in range(experience.SOON):
+        assert not known.ran_alone(1000)
+        routine.saw(1000, Outcome(torch.zeros(1), []), known)
+        left.append(routine.left if routine.alike >= ALIKE else 0)
+    assert known.slower is None and left == [0, 0, 0, 3, 2, 1, 0, 0]

@@ -33,10 +33,22 @@ class Shown(nn.Module):
         return torch.tanh(self.out(new - 0.5 * h)) * x.sum(-1, keepdim=True), new
 
 
+class Logged(nn.Module):
+    """What it reads at every step is made of x alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.w = 16, nn.Parameter(torch.rand(16))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.w * h + torch.log1p(x.abs()))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "elementwise": (CELLS["elementwise GRU"].make, 21),
     "dense": (lambda: nn.GRUCell(20, 32), 20),
     "with a readout": (Shown, 5),
+    "an input that learns nothing": (Logged, 16),
     "in stages": (CELLS["two levels"].make, 3),
 }
 

@@ -117,3 +117,14 @@ def test_an_operation_that_is_told_the_batch_beside_an_unknown_one() -> None:
     with pytest.warns(SeqparcWarning, match="runs on the torch backend"):
         y, _ = rnn(x, h)
     assert torch.allclose(y, rnn.sequential(x, h)[0], atol=1e-5)
+
+
+def test_an_operation_that_is_not_known_for_complex_numbers_runs_as_the_loop() -> None:
+    def cell(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(0.3 * h + x) / 2
+
+    rnn = seqparc.compile(cell, state=torch.zeros(2, dtype=torch.complex64))
+    x = torch.randn(2, 5, 2, dtype=torch.complex64)
+    with pytest.warns(SeqparcWarning, match=r"runs as the plain loop.*tanh.*not known there for complex numbers"):
+        y, _ = rnn(x)
+    torch.testing.assert_close(y, rnn.sequential(x)[0])

@@ -15,55 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import seqparc
 from seqparc.codegen.launch import CKernel
 from seqparc.kept import Prepared
-from seqparc.runtime.replay import Replay
 from seqparc.runtime.routine import AGAIN, ALIKE
 
-SHIFT = torch.tensor(0.25)
-
-
-class Scaled(nn.Module):
-    """A cell with a setting, a buffer, a submodule, a variable it closes over, a readout, and products on both sides of the state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden_size, self.gain = 4, 0.9
-        self.w, self.u = nn.Linear(3, 4), nn.Linear(4, 4)
-        self.out = nn.Parameter(torch.randn(2, 4))
-        self.register_buffer("floor", torch.full((4,), -0.5))
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.maximum(self.gain * torch.tanh(self.w(x) + self.u(h)) + SHIFT * (1 if self.training else 2), self.floor)
-        return h @ self.out.T, h
-
-
-@pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call that came so far was answered by a replay."""
-    seen: list[bool] = []
-    real = Replay.run
-
-    def run(self: Replay, *args: Any) -> Any:
-        seen.append((answer := real(self, *args)) is not None)
-        return answer
-
-    monkeypatch.setattr(Replay, "run", run)
-    return seen
-
-
-def settled(cell: Any, x: Any, **given: Any) -> seqparc.CompiledRNN:
-    """A cell that has been called so often that the next call is a replay."""
-    rnn = seqparc.compile(cell, **given)
-    with torch.no_grad():
-        for _ in range(ALIKE + 4):
-            rnn(x)
-    return rnn
-
-
-def same(rnn: seqparc.CompiledRNN, x: Any, state: Any = None) -> None:
-    with torch.no_grad():
-        mine, right = rnn(x, state), rnn.sequential(x, state)
-    for a, b in zip(torch.utils._pytree.tree_leaves(mine), torch.utils._pytree.tree_leaves(right), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+from . import replays
+from .replays import Scaled, same, settled
 
 
 def _data(cell: Scaled) -> None:
@@ -102,8 +57,7 @@ def _narrower(cell: Scaled) -> None:
 
 
 def _closed(cell: Scaled) -> None:
-    global SHIFT
-    SHIFT = SHIFT + 0.5
+    replays.SHIFT = replays.SHIFT + 0.5
 
 
 def _hook(cell: Scaled) -> None:
@@ -176,84 +130,6 @@ def test_each_counts_and_now_and_then_one_is_watched(replayed: list[bool]) -> No
             rnn(x)
     assert rnn.stats.history.calls - before == 2 * AGAIN and rnn.stats.steps == 3
     assert 1 <= replayed.count(False) <= 4
-
-
-@pytest.mark.parametrize("way", [lambda c, x, h: [x, *c.parameters()], lambda c, x, h: [x], lambda c, x, h: [h, c.w.weight]])
-@pytest.mark.parametrize("steps", [1, 50])
-def test_gradients_of_a_replayed_call(way: Callable[..., list[Tensor]], steps: int, replayed: list[bool]) -> None:
-    torch.manual_seed(0)
-    cell = Scaled().double()
-    rnn = seqparc.compile(cell)
-    for k in range(ALIKE + 6):
-        cell.requires_grad_(False)
-        x, h = torch.randn(2, steps, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
-        leaves = [t.requires_grad_() for t in way(cell, x, h)]
-        if k == ALIKE + 4:
-            with torch.no_grad():
-                cell.u.weight.mul_(0.5)  # as a step of an optimizer does
-        found = []
-        for call in (rnn, rnn.sequential):
-            y, last = call(x, h)
-            found.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), leaves)])
-        for mine, right in zip(*found, strict=True):
-            torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
-    assert replayed[-1] and len(replayed) >= 2
-    with torch.no_grad():
-        y, _ = rnn(x, h)
-    assert replayed[-1] and not y.requires_grad and torch.equal(y, found[0][0].detach())
-
-
-class Damped(nn.Module):
-    """Its output reads a number made of a weight that its state reads too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden_size, self.rate = 3, nn.Parameter(torch.tensor([0.5, -0.3, 2.0]))
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        leak = torch.exp(-self.rate.abs())
-        h = torch.tanh(leak * h + x)
-        return leak * h + x, h
-
-
-@pytest.mark.parametrize("learns", [False, True])
-def test_an_output_may_read_what_the_state_reads(learns: bool, replayed: list[bool]) -> None:
-    cell = Damped().double()
-    rnn, leaves = seqparc.compile(cell), [*cell.parameters()]
-    for _ in range(ALIKE + 4):
-        x = torch.randn(2, 9, 3, dtype=torch.float64)
-        with torch.set_grad_enabled(learns):
-            found = [call(x)[0] for call in (rnn, rnn.sequential)]
-            if learns:
-                found = [torch.autograd.grad(y.square().sum(), leaves)[0] for y in found]
-        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-        with torch.no_grad():
-            cell.rate.mul_(0.9)
-    assert replayed[-1]
-
-
-def test_a_gradient_of_the_cells_own_is_not_replayed(replayed: list[bool]) -> None:
-    class Twice(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, h: Tensor) -> Tensor:
-            return h.clone()
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 2 * g
-
-    def cell(x: Tensor, h: Tensor) -> Tensor:
-        return torch.tanh(x + 0.5 * Twice.apply(h))
-
-    rnn = seqparc.compile(cell, state=torch.zeros(3))
-    x = torch.randn(1, 4, 3, requires_grad=True)
-    for _ in range(ALIKE + 4):
-        with torch.no_grad():
-            rnn(x)
-    assert replayed[-1]
-    (g,) = torch.autograd.grad(rnn(x)[0].sum(), x)
-    assert not replayed[-1]
-    torch.testing.assert_close(g, torch.autograd.grad(rnn.sequential(x)[0].sum(), x)[0])
 
 
 def test_under_modes_it_is_not_replayed(replayed: list[bool]) -> None:
@@ -428,26 +304,6 @@ def test_a_given_start_counts_as_it_is_now(gradients: bool, replayed: list[bool]
             for t in start if n == 2 else (start,):
                 t.fill_(0.5)
             torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0])
-
-
-@pytest.mark.parametrize("calls", [0, 1, ALIKE + 4])
-def test_a_start_that_is_learnt_has_its_gradient(calls: int) -> None:
-    """Whatever was called before without gradients."""
-    start = nn.Parameter(torch.randn(4))
-    rnn, x = seqparc.compile(nn.GRUCell(3, 4), state=start), torch.randn(5, 3, 3)
-    with torch.no_grad():
-        for _ in range(calls):
-            rnn(x)
-    for _ in range(ALIKE + 4):
-        found, right = (torch.autograd.grad(call(x)[0].square().sum(), start)[0] for call in (rnn, rnn.sequential))
-        torch.testing.assert_close(found, right)
-        with torch.no_grad():
-            start.add_(0.1)
-            torch.testing.assert_close(rnn(x)[0], rnn.sequential(x)[0])
-    late = torch.zeros(4)
-    rnn = settled(nn.GRUCell(3, 4), x, state=late)
-    late.requires_grad_()
-    assert torch.autograd.grad(rnn(x)[0].sum(), late)[0].abs().max() > 0
 
 
 def test_nothing_of_a_call_is_kept_by_its_replay(replayed: list[bool]) -> None:

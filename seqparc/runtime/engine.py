@@ -163,7 +163,8 @@ class Engine:
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one recurrence: decide, cut, solve, remember. The last state [batch, numbers] and the sums [chunks, batch, numbers]."""
         key = f"{direction} stored" if stored else direction
-        batch = start.shape[0]
+        start, batch = start.resolve_neg(), start.shape[0]
+        problem["streams"], problem["params"] = ([t.resolve_neg() for t in problem[name]] for name in ("streams", "params"))
         if not batch:  # an empty one
             self.last.pop(direction, None)
             return start.clone(), [start.new_zeros(1, 0, n) for n in problem.get("sum_sizes", ())]

@@ -99,6 +99,10 @@ class Experience:
         """Whether a run of so many steps is sequential only for now: times are still compared, or a trial is saved up for."""
         return (bool(self.passing) and len(self.alone) < TIMED) or self.account.saving(steps)
 
+    def due(self, steps: int) -> bool:
+        """Whether the last run was the last sequential one before it is seen whether it is still so."""
+        return self.calls == 0 and not self.account.waits(steps)
+
     def before_retry(self, steps: int) -> int:
         """Sequential runs of so many steps before it is time to see whether it is still so; those that wait for a trial do not count."""
         return RETRY if self.account.waits(steps) else self.patience - self.calls - 1

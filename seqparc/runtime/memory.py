@@ -194,7 +194,8 @@ def _adjoint(ledger: _Ledger, plan: Plan, call: _Call) -> tuple[str, int]:
     rows, item, found = call.rows, plan.dtype.itemsize, call.stored(plan)
     adjoint = plan.adjoint() if found is None else found.adjoint
     program = adjoint.program
-    idle = adjoint.idle([d is None or call.wants(("x", d)) for d in plan.direct])
+    made_of = [plan.prelude.reads[k] if d is None else (("x", d),) for k, d in enumerate(plan.direct)]
+    idle = adjoint.idle([any(call.wants(key) for key in keys) for keys in made_of])
     filled = enumerate(zip(program.emit_sizes, program.filled, strict=True))
     written = {k: size for k, (size, part) in filled if part and k not in idle}
     direct = {e.slot for e in adjoint.streams if e.direct}

@@ -120,13 +120,16 @@ class Replay:
         if learns and plan.own_gradient:
             return None
         rnn.__dict__["_last"] = engine
-        begin = time.perf_counter()
         values = None if self.simple else Values(x, now.__getitem__)
         streams = [unit(x[d]) for d in self.direct] if values is None else streams_of(plan, values)
+        made: Sequence[Tensor] = ()
+        if learns or self.reads:
+            made = plan.weights.run(*weights)
+        if learns:  # the recurrence, and not only what is made of its states
+            params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in made]
+            learns = any(t.requires_grad for t in (*start, *streams, *params))
         if learns:
             engine.begin_backward(start[0].device)
-            made = plan.weights.run(*weights)
-            params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in made]
             results = Solve.apply(engine, self.steps, self.counts, *start, *streams, *params)
             states, last = list(results[: len(start)]), list(results[len(start) :])
         else:
@@ -134,6 +137,7 @@ class Replay:
             params, streams = kernel.prepare(self._params(weights), streams)
             row = self.row if self.row is not None else whole(start).contiguous()
             states = [room(s, self.batch, self.steps, s.shape[1]) for s in start]
+            begin = time.perf_counter()
             end, gap = swept(kernel, routine, row, streams, params, states)
             if not engine.went("forward", routine, gap, self.batch, time.perf_counter() - begin):
                 return None
@@ -141,7 +145,7 @@ class Replay:
         if values is None:
             return self.convention.unflatten(states, last)
         if self.reads:
-            values |= {("param", i): w for i, w in enumerate(made if learns else plan.weights.run(*weights))}
+            values |= {("param", i): w for i, w in enumerate(made)}
         return self.convention.unflatten(read(plan, values, states, start), last)
 
     def _as_it_was(self, rnn: Any, x: Sequence[Tensor], start: Sequence[Tensor]) -> dict[str, Tensor] | None:
@@ -149,7 +153,7 @@ class Replay:
         if surrounded(self.home):
             return None
         for t, dtype in zip((*x, *start), self.dtypes, strict=True):
-            if type(t) not in PLAIN or t.dtype is not dtype or not t.is_cpu:
+            if type(t) not in PLAIN or t.dtype is not dtype or not t.is_cpu or t.is_neg():
                 return None
         try:
             for m, kind, was in self.held:
@@ -162,7 +166,7 @@ class Replay:
         now: dict[str, Any] = {}
         for name, get, shape, dtype in self.attributes:
             here: Any = get()
-            if type(here) not in PLAIN or here.shape != shape or here.dtype is not dtype or not here.is_cpu:
+            if type(here) not in PLAIN or here.shape != shape or here.dtype is not dtype or not here.is_cpu or here.is_neg():
                 return None
             now[name] = here
         return now

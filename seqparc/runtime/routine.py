@@ -46,8 +46,8 @@ class Routine:
         """A run that was watched went this way."""
         choice = self.choice
         simple = outcome.converged and outcome.passes == 1 and outcome.update == "none" and self.repeatable
-        # A sequential run may be but one of those that passes are compared with, or before a trial: one saved up for, or the next run.
-        open_yet = choice.given_up and (known is None or known.undecided(steps))
+        # A sequential run may be but one of those that passes are compared with, or the last before a trial, or those are saved up for.
+        open_yet = choice.given_up and (known is None or known.undecided(steps) or known.due(steps))
         self.alike = self.alike + 1 if simple and not open_yet else 0
         if self.alike >= ALIKE:
             self.left, self.patience = AGAIN, 0
