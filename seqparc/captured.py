@@ -49,6 +49,9 @@ class Made:
     def __init__(self, modules: Sequence[nn.Module] = (), values: Sequence[Getter] = ()) -> None:
         self.modules = list(modules)
         self.hooks = hooks()
+        self.classes = [
+            (c, [(k, v) for k, v in vars(c).items() if type(v) in SIMPLE and not k.startswith("__")]) for c in _classes(modules)
+        ]  # fmt: skip
         self.values = [(get, get()) for get in values]
         self.of = [
             (
@@ -80,8 +83,20 @@ class Made:
         return self.same_outside()
 
     def same_outside(self) -> bool:
-        """Of that what no module holds: hooks on all modules, and what a function closes over."""
+        """Of that what no module holds: hooks on all modules, attributes of their classes, and what a function closes over."""
+        for c, settings in self.classes:
+            own = c.__dict__
+            for name, value in settings:
+                now = own.get(name, self)
+                if now is not value and (type(now) is not type(value) or now != value):
+                    return False
         return hooks() == self.hooks and all(_still(get, value) for get, value in self.values)
+
+
+def _classes(modules: Sequence[nn.Module]) -> list[type]:
+    """Those of modules, and what they are derived from, without torch's own."""
+    every = dict.fromkeys(c for m in modules for c in type(m).__mro__)
+    return [c for c in every if c is not object and not c.__module__.startswith("torch.")]
 
 
 def _still(get: Getter, value: Any) -> bool:
@@ -143,7 +158,8 @@ def _inside(name: str, get: Getter, seen: set[int], depth: int, of_module: bool 
     if isinstance(value, nn.Module):
         seen.add(id(value))
         yield name, get, value
-        own = [*value._parameters, *value._buffers, *(k for k in vars(value) if not k.startswith("_")), *value._modules]
+        held = [k for k, v in vars(value).items() if not k.startswith("_") or (k not in _USUAL and isinstance(v, Tensor))]
+        own = [*value._parameters, *value._buffers, *held, *value._modules]
         parts = [(prefix + k, functools.partial(lambda g, k: getattr(g(), k), get, k)) for k in own]
         depth -= 1  # modules may nest as deep as they like
     elif isinstance(value, (list, tuple)):

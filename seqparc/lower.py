@@ -84,9 +84,10 @@ class Lowering(Layouts):
         return Lowered(program, self.streams, self.params, self.known_zero, self.frozen, self._dtype())
 
     def _dtype(self) -> torch.dtype:
-        """The arithmetic: the widest floating type in the core, float32 at least."""
+        """The arithmetic: the widest floating type in the core, float32 at least; float64 where integers may not be exact in that."""
         ends = {n.meta["val"].dtype for n in (*self.graph.state, *self.graph.next, *self.streams)}
-        return torch.float64 if torch.float64 in self.dtypes | ends else torch.float32
+        wide = {torch.float64, torch.int64, torch.int32, torch.uint32, torch.uint64}
+        return torch.float64 if wide & (self.dtypes | ends) else torch.float32
 
     def _in_core(self, node: fx.Node) -> bool:
         if not hasattr(self, "_core"):
@@ -331,7 +332,9 @@ class Lowering(Layouts):
             return argument
         if argument.meta["kind"] not in ("param", "const"):
             raise UnsupportedOpError(f"{argument.meta.get('src')}: the state is indexed by values that change from step to step")
-        for node in (argument, *argument.all_input_nodes):
+        above = [argument]
+        for node in above:
+            above += [n for n in node.all_input_nodes if n not in above]
             if node.meta.get("key", ("",))[0] == "attr":
                 name = node.meta["key"][1]
                 self.frozen[name] = self.graph.attributes[name].detach().clone()

@@ -155,13 +155,17 @@ def x_only(cell: Any, inputs: Structure) -> list[tuple[str, ...]]:
     return [w for w in ways if required <= len(w) <= most and not any(must for _, must in parameters.keyword)]
 
 
+#: Calls that are compared of a cell that keeps count of them.
+CALLS = 33
+
+
 def refuse_more(cell: Any, way: Convention, name: str, x: list[Tensor], state: list[Tensor]) -> None:
     """Raises StateError where the cell keeps more on itself from step to step than the state that is known, and uses it."""
     with held.untouched(cell, x):
         watch, results = held.Watch(cell), []
         seed(x[0].device)
         state = [s + torch.rand_like(s) if s.is_floating_point() else s for s in state]  # zeros would hide what multiplies them
-        for _ in range(2):
+        for _ in range(CALLS):  # of a cell that counts; one that does not is done after the first
             seed(x[0].device)
             try:
                 results.append(way.invoke(cell, [t.clone() for t in x], [t.clone() for t in state], leave=True))
@@ -171,7 +175,7 @@ def refuse_more(cell: Any, way: Convention, name: str, x: list[Tensor], state: l
             changed = [n for n in watch.replaced() if n not in way.held]
             if not changed:
                 return
-    if not alike(*results):
+    if not all(alike(results[0], result) for result in results[1:]):
         what = "an attribute that is not per sample, [batch, ...]" if way.held else "an attribute of its own"
         raise StateError(
             f"{name} changes {' and '.join(changed)} at each step, {what}, and its results depend on it. Have that passed in and returned "

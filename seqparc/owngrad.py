@@ -12,12 +12,14 @@ the program: a surrogate gradient says nothing about where a perturbed state goe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.captured import reachable
 from seqparc.convention import Convention
@@ -43,6 +45,26 @@ class _Watch(TorchFunctionMode):
         if cut and (off or (args and isinstance(args[0], Tensor) and args[0].requires_grad)):
             word = "no_grad" if name == "_set_grad_enabled" else "data" if name == "__get__" else name
             self.found.append(f"{word} at {user_source() or 'the cell'}")
+        if not isinstance(func, (FunctionType, torch.jit.ScriptFunction)):
+            return func(*args, **(kwargs or {}))
+        with _Cuts() as inside:  # one of torch's that is written in Python, in which this mode is not asked
+            result = func(*args, **(kwargs or {}))
+        if inside.seen:
+            self.found.append(f"{name}, which detaches, at {user_source() or 'the cell'}")
+        return result
+
+
+class _Cuts(TorchDispatchMode):
+    """Sees whether something is detached."""
+
+    seen = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in the recorder: dynamo is not to be imported
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or func is torch.ops.aten.detach.default
         return func(*args, **(kwargs or {}))
 
 

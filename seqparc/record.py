@@ -11,13 +11,16 @@ Control flow on values shows itself as a tensor turned into a Python number, whi
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.draws import Draw, draw_of
@@ -38,6 +41,18 @@ _VALUE_DEPENDENT = frozenset(
     """aten._local_scalar_dense.default aten.item.default aten.equal.default aten.is_nonzero.default aten.nonzero.default
     aten.masked_select.default aten.unique_dim.default aten._unique2.default aten.unique_consecutive.default""".split()
 )
+
+
+class _Reading(TorchFunctionMode):
+    """Refuses what reads a tensor's numbers past the operations that a recorder sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := getattr(func, "__name__", "")) in ("numpy", "tolist", "__array__"):
+            raise TraceError(
+                f"{user_source() or 'the cell'} reads a tensor's numbers in Python ({name}), which are others at every step. seqparc "
+                "follows one path for all steps and samples: use torch's own operations."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -354,8 +369,12 @@ def record(
         node = recorder.graph.placeholder(f"in_{i}")
         recorder.define(t, node, "x" if given is None or i < given else "fresh")
         placeholders.append(node)
-    with recorder:
+    before = random.getstate(), np.random.get_state()
+    with _Reading(), recorder:
         results = function(*inputs)
+    after = random.getstate(), np.random.get_state()
+    if before[0] != after[0] or not all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True)):
+        raise UnsupportedOpError("the cell draws random numbers of Python's or NumPy's, which are not followed; torch's are")
     outputs = [recorder.read(r) for r in results]
     recorder.graph.output(tuple(outputs))
     recorder.graph.eliminate_dead_code()

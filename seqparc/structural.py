@@ -68,8 +68,18 @@ def _lerp(lo: Lowering, node: Any, a: Any, b: Any, weight: Any) -> Laid:
 
 @lowers("div.Tensor_mode", "floor_divide")
 def _div_mode(lo: Lowering, node: Any, a: Any, b: Any, rounding_mode: str | None = "floor") -> Laid:
-    quotient = lo.map("div", lo.lower(a), lo.lower(b))
-    return lo.map(rounding_mode, quotient) if rounding_mode else quotient
+    x, y = lo.lower(a), lo.lower(b)
+    if rounding_mode != "floor":
+        quotient = lo.map("div", x, y)
+        return lo.map(rounding_mode, quotient) if rounding_mode else quotient
+    # As torch: by the exact remainder, as a quotient that is rounded up to a whole number would be one too large.
+    left = lo.map("fmod", x, y)
+    below, none = (lo.map("lt", y, 0.0), lo.map("eq", y, 0.0)) if isinstance(y, Laid) else (float(y < 0), float(y == 0))
+    other = lo.map("mul", lo.map("ne", left, 0.0), lo.map("ne", lo.map("lt", left, 0.0), below))
+    exact = lo.map("sub", lo.map("div", lo.map("sub", x, left), y), other)
+    whole = lo.map("floor", exact)
+    near = lo.map("add", whole, lo.map("gt", lo.map("sub", exact, whole), 0.5))
+    return lo.map("where", none, lo.map("div", x, y), near)
 
 
 @lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
@@ -102,18 +112,27 @@ def _clamp(lo: Lowering, node: Any, t: Any, low: Any = None, high: Any = None, *
     return value  # type: ignore[no-any-return]
 
 
+def _of_truths(node: Any) -> None:
+    """Raises UnsupportedOpError for an operation on the bits of numbers."""
+    if "bitwise" in str(node.target) and node.meta["val"].dtype is not torch.bool:
+        raise UnsupportedOpError(f"{node.meta.get('src')}: {node.target} of integers that depend on the state")
+
+
 @lowers("logical_and", "bitwise_and.Tensor")
 def _and(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
+    _of_truths(node)
     return lo.map("mul", lo.map("ne", lo.lower(a), 0.0), lo.map("ne", lo.lower(b), 0.0))
 
 
 @lowers("logical_or", "bitwise_or.Tensor")
 def _or(lo: Lowering, node: Any, a: Any, b: Any) -> Laid:
+    _of_truths(node)
     return lo.map("maximum", lo.map("ne", lo.lower(a), 0.0), lo.map("ne", lo.lower(b), 0.0))
 
 
 @lowers("logical_not", "bitwise_not")
 def _not(lo: Lowering, node: Any, a: Any) -> Laid:
+    _of_truths(node)
     return lo.map("eq", lo.lower(a), 0.0)
 
 
@@ -163,15 +182,18 @@ def _gelu(lo: Lowering, node: Any, t: Any, approximate: str = "none") -> Laid:
 def _softplus(lo: Lowering, node: Any, t: Any, beta: float = 1, threshold: float = 20) -> Laid:
     x = lo.lower(t)
     scaled = _scaled(lo, x, beta)
-    soft = _scaled(lo, lo.map("log1p", lo.map("exp", scaled)), 1 / beta)
-    return lo.map("where", lo.map("gt", scaled, float(threshold)), x, soft)
+    large = lo.map("gt", scaled, float(threshold))
+    # Where it is not taken it has a derivative all the same, which is not to be 0 times infinity.
+    soft = _scaled(lo, lo.map("log1p", lo.map("exp", lo.map("where", large, 0.0, scaled))), 1 / beta)
+    return lo.map("where", large, x, soft)
 
 
 @lowers("elu")
 def _elu(lo: Lowering, node: Any, t: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Laid:
     x = lo.lower(t)
-    low = lo.map("mul", lo.map("expm1", _scaled(lo, x, input_scale)), float(alpha * scale))
-    return lo.map("where", lo.map("gt", x, 0.0), _scaled(lo, x, scale), low)
+    large = lo.map("gt", x, 0.0)
+    low = lo.map("mul", lo.map("expm1", lo.map("where", large, 0.0, _scaled(lo, x, input_scale))), float(alpha * scale))
+    return lo.map("where", large, _scaled(lo, x, scale), low)
 
 
 @lowers("leaky_relu")
@@ -280,7 +302,9 @@ def _var(lo: Lowering, node: Any, t: Any, dim: Any = None, correction: float | N
 def _norm(lo: Lowering, node: Any, t: Any, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
     if order != 2:
         raise UnsupportedOpError(f"{node.meta.get('src')}: a vector norm of order {order} in the core")
-    return lo.map("sqrt", lo.fold("sum", lo.map("square", lo.lower(t)), dim, keepdim))
+    squares = lo.fold("sum", lo.map("square", lo.lower(t)), dim, keepdim)
+    nothing = lo.map("eq", squares, 0.0)  # whose gradient is 0, as autograd has it
+    return lo.map("where", nothing, squares, lo.map("sqrt", lo.map("where", nothing, 1.0, squares)))
 
 
 @lowers("native_layer_norm")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
@@ -34,9 +35,10 @@ _tracer = torch._C._get_tracing_state
 #: Tensors that are memory, if they are on a device with any.
 PLAIN = frozenset((Tensor, nn.Parameter))
 #: Values that can be compared, and say all about themselves.
-SIMPLE = frozenset(
-    (type(None), bool, int, float, complex, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType, MethodType)
-)
+SIMPLE = frozenset((
+    type(None), bool, int, float, complex, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType, MethodType,
+    np.bool_, *(np.dtype(code).type for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"]),
+))  # fmt: skip
 #: Hooks on every module there is.
 _GLOBAL: list[dict[int, Any]] = [
     getattr(nn.modules.module, f"_global_{name}_hooks") for name in ("forward_pre", "forward", "backward_pre", "backward")

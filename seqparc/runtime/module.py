@@ -144,11 +144,14 @@ class CompiledRNN(nn.Module):
         live = None if ends is None else variant.inside(ends, leaves[0].shape[1])
         if ends is not None and live is not None:
             leaves = variant.prolonged(leaves, ends, live)
+            again = None if again is None else again | ~live
         step = variant.Variant(self.cell, convention, len(leaves), reset is not None)
         given = variant.given_to(step, leaves, start, again)
         home, *_ = call.about
         outputs, last = self._answer(Call(given, step.signature, start, about_call(step.signature, given, start, home)), step, admit)
         shown, states = outputs[: step.n_out], outputs[step.n_out :]
+        if live is not None and again is None and torch.is_grad_enabled() and not variant.bounded(states):
+            return self._varied(call, lengths, ~live, admit)
         y = states if convention.out is None else shown
         if ends is not None and live is not None:
             y, last = variant.masked(y, live), variant.last_of(states, start, ends)

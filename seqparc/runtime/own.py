@@ -83,6 +83,11 @@ class OwnGradient(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if transformed() or batched(grads):
             raise SeqparcError(f"{called(call.cell)} has a gradient of its own, {TRANSFORMED}")
+        if any(part.changed() for _, part in call.engine.parts):
+            raise SeqparcError(
+                f"{call.engine.name} was changed between a call and its backward (a setting, a part, or train() and eval()), which runs "
+                "the cell again as it has a gradient of its own; change it after backward"
+            )
         asked = ctx.needs_input_grad[3 + n_x + n_s :]
         with LOOKING(), torch.no_grad(), recast(x[0].device.type, call.cast), call.again(captured, asked) as used:
             found = _gradients(call, x, start, used, states, grads[:-n_s], grads[-n_s:])

@@ -2,7 +2,8 @@
 
 A reset is part of the step: the cell is compiled with `where(reset, initial, state)` in front, so the kernels, the Jacobians and the
 gradients know of it, and a reset is a place where chunks converge at once. A length is not, as a state that is only held after its end
-would have to travel through all chunks behind it: the run goes on, over the sample's last input, and what counts is picked out.
+would have to travel through all chunks behind it: the run goes on, over the sample's last input, and what counts is picked out. Only where
+it grows beyond all numbers on the way, and its gradients with it, is the state put back at every step past the end.
 """
 
 from __future__ import annotations
@@ -78,11 +79,13 @@ def masked(y: Sequence[Tensor], live: Tensor) -> list[Tensor]:
 def prolonged(x: Sequence[Tensor], lengths: Tensor, live: Tensor) -> list[Tensor]:
     """x [batch, time, ...] with each sample's last step past its length, where anything may lie: a number that the cell is known to take.
 
-    Zeros, where a sample has no step at all.
+    A sample without a step has that of the longest; zeros, where none has any.
     """
-    at = torch.minimum(torch.arange(live.shape[1], device=live.device), (lengths - 1).clamp_min(0).unsqueeze(1))
-    rows = torch.arange(lengths.shape[0], device=live.device).unsqueeze(1)
-    some = (lengths > 0).unsqueeze(1).expand_as(live)
+    if not lengths.shape[:1].numel():
+        return list(x)
+    rows = torch.where(lengths > 0, torch.arange(lengths.shape[0], device=live.device), lengths.argmax())
+    at = torch.minimum(torch.arange(live.shape[1], device=live.device), (lengths[rows] - 1).clamp_min(0).unsqueeze(1))
+    rows, some = rows.unsqueeze(1), (lengths.max() > 0).expand_as(live)
     filled = masked([v.detach()[rows, at] for v in x], some)
     return [torch.where(live.reshape(*live.shape, *[1] * (v.dim() - 2)), v, f) for v, f in zip(x, filled, strict=True)]
 
@@ -99,3 +102,10 @@ def given_to(variant: Variant, x: Sequence[Tensor], start: Sequence[Tensor], res
     if not variant.resets or reset is None:
         return list(x)
     return [*x, reset, *(s.unsqueeze(1).expand(-1, x[0].shape[1], *s.shape[1:]) for s in start)]
+
+
+def bounded(states: Sequence[Tensor]) -> bool:
+    """Whether the last states are finite numbers, as far as that can be seen."""
+    if watched() or any(empty(bare(s)[0]) for s in states):
+        return True
+    return all(bool(torch.isfinite(bare(s[:, -1:])[0]).all()) for s in states)
