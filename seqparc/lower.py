@@ -84,10 +84,11 @@ class Lowering(Layouts):
         return Lowered(program, self.streams, self.params, self.known_zero, self.frozen, self._dtype())
 
     def _dtype(self) -> torch.dtype:
-        """The arithmetic: the widest floating type in the core, float32 at least; float64 where integers may not be exact in that."""
-        ends = {n.meta["val"].dtype for n in (*self.graph.state, *self.graph.next, *self.streams)}
-        wide = {torch.float64, torch.int64, torch.int32, torch.uint32, torch.uint64}
-        return torch.float64 if wide & (self.dtypes | ends) else torch.float32
+        """The arithmetic: the widest floating type in the core, float32 at least; float64 where the state has integers that may not be
+        exact in that. Others meet what has a floating type, which they take on, as in the loop."""
+        states, read = ({n.meta["val"].dtype for n in of} for of in ((*self.graph.state, *self.graph.next), self.streams))
+        counts = {torch.int64, torch.int32, torch.uint32, torch.uint64}
+        return torch.float64 if torch.float64 in self.dtypes | states | read or counts & states else torch.float32
 
     def _in_core(self, node: fx.Node) -> bool:
         if not hasattr(self, "_core"):

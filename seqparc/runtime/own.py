@@ -47,6 +47,11 @@ class OwnGradientCall:
 
         Parameters may be others meanwhile: those of torch.func.functional_call are back in their places, or one has been replaced.
         """
+        if any(part.changed() for _, part in self.engine.parts):
+            raise SeqparcError(
+                f"{self.engine.name} was changed between a call and its backward (a setting, a part, or train() and eval()), which runs "
+                "the cell again as it has a gradient of its own; change it after backward"
+            )
         leaves = {id(t): s.detach().requires_grad_(a) for (_, t), s, a in zip(self.used, saved, asked, strict=True)}
         with holding([(table, name, leaves[id(t)]) for table, name, t in self.places if id(t) in leaves]):
             placed = {id(t) for _, _, t in self.places}
@@ -83,11 +88,6 @@ class OwnGradient(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if transformed() or batched(grads):
             raise SeqparcError(f"{called(call.cell)} has a gradient of its own, {TRANSFORMED}")
-        if any(part.changed() for _, part in call.engine.parts):
-            raise SeqparcError(
-                f"{call.engine.name} was changed between a call and its backward (a setting, a part, or train() and eval()), which runs "
-                "the cell again as it has a gradient of its own; change it after backward"
-            )
         asked = ctx.needs_input_grad[3 + n_x + n_s :]
         with LOOKING(), torch.no_grad(), recast(x[0].device.type, call.cast), call.again(captured, asked) as used:
             found = _gradients(call, x, start, used, states, grads[:-n_s], grads[-n_s:])

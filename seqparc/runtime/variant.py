@@ -81,11 +81,10 @@ def prolonged(x: Sequence[Tensor], lengths: Tensor, live: Tensor) -> list[Tensor
 
     A sample without a step has that of the longest; zeros, where none has any.
     """
-    if not lengths.shape[:1].numel():
-        return list(x)
-    rows = torch.where(lengths > 0, torch.arange(lengths.shape[0], device=live.device), lengths.argmax())
+    longest = lengths.sort(descending=True).indices[:1]
+    rows = torch.where(lengths > 0, torch.arange(lengths.shape[0], device=live.device), longest)
     at = torch.minimum(torch.arange(live.shape[1], device=live.device), (lengths[rows] - 1).clamp_min(0).unsqueeze(1))
-    rows, some = rows.unsqueeze(1), (lengths.max() > 0).expand_as(live)
+    rows, some = rows.unsqueeze(1), (lengths > 0).any().expand_as(live)
     filled = masked([v.detach()[rows, at] for v in x], some)
     return [torch.where(live.reshape(*live.shape, *[1] * (v.dim() - 2)), v, f) for v, f in zip(x, filled, strict=True)]
 
