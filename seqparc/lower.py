@@ -84,11 +84,12 @@ class Lowering(Layouts):
         return Lowered(program, self.streams, self.params, self.known_zero, self.frozen, self._dtype())
 
     def _dtype(self) -> torch.dtype:
-        """The arithmetic: the widest floating type in the core, float32 at least; float64 where the state has integers that may not be
-        exact in that. Others meet what has a floating type, which they take on, as in the loop."""
+        """The arithmetic: the widest floating type in the core, float32 at least; float64 where the whole state is integers, which may not
+        be exact in that. Beside numbers of 32 bits it would decide comparisons of those with constants otherwise than the loop."""
         states, read = ({n.meta["val"].dtype for n in of} for of in ((*self.graph.state, *self.graph.next), self.streams))
         counts = {torch.int64, torch.int32, torch.uint32, torch.uint64}
-        return torch.float64 if torch.float64 in self.dtypes | states | read or counts & states else torch.float32
+        exact = bool(states & counts) and not any(d.is_floating_point or d.is_complex for d in states)
+        return torch.float64 if exact or torch.float64 in self.dtypes | states | read else torch.float32
 
     def _in_core(self, node: fx.Node) -> bool:
         if not hasattr(self, "_core"):

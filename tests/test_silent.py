@@ -104,6 +104,16 @@ def test_integers_are_exact() -> None:
     assert torch.equal(rnn(x)[0], x.cumsum(1))
 
 
+def test_a_count_beside_a_threshold() -> None:
+    def step(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        v, c = state
+        v = torch.where(x > 0, x, v)
+        return v, c + (v >= 0.7)
+
+    rnn = seqparc.compile(step, state=(torch.zeros(1), torch.zeros(1, dtype=torch.int64)), signature="x, state -> state")
+    agrees(rnn, torch.full((1, 50, 1), 0.7))
+
+
 @pytest.mark.parametrize("of", [lambda c: c & 3, lambda c: c | 4, lambda c: ~c])
 def test_bits_of_integers(of: Callable[[Tensor], Tensor]) -> None:
     def step(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
