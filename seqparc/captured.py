@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,10 +68,8 @@ class Made:
             own = m.__dict__
             if type(m) is not kind or len(own) != count:
                 return False
-            for name, value in settings:
-                now = own.get(name, self)
-                if now is not value and (type(now) is not type(value) or now != value):
-                    return False
+            if not _same(own, settings):
+                return False
             for table, values in tables:
                 there = own[table]
                 if len(there) != len(values) or (values and list(there.values()) != values):
@@ -84,12 +82,8 @@ class Made:
 
     def same_outside(self) -> bool:
         """Of that what no module holds: hooks on all modules, attributes of their classes, and what a function closes over."""
-        for c, settings in self.classes:
-            own = c.__dict__
-            for name, value in settings:
-                now = own.get(name, self)
-                if now is not value and (type(now) is not type(value) or now != value):
-                    return False
+        if not all(_same(c.__dict__, settings) for c, settings in self.classes):
+            return False
         return hooks() == self.hooks and all(_still(get, value) for get, value in self.values)
 
 
@@ -97,6 +91,14 @@ def _classes(modules: Sequence[nn.Module]) -> list[type]:
     """Those of modules, and what they are derived from, without torch's own."""
     every = dict.fromkeys(c for m in modules for c in type(m).__mro__)
     return [c for c in every if c is not object and not c.__module__.startswith("torch.")]
+
+
+def _same(own: Mapping[str, Any], settings: Sequence[tuple[str, Any]]) -> bool:
+    for name, value in settings:
+        now = own.get(name, _USUAL)  # which is no setting
+        if now is not value and (type(now) is not type(value) or now != value):
+            return False
+    return True
 
 
 def _still(get: Getter, value: Any) -> bool:

@@ -124,12 +124,12 @@ def read(plan: Plan, values: Values, states: list[Tensor], start: Sequence[Tenso
     for key in plan.read:
         if key[0] == "stream" and key not in values:
             values[key] = values["x", plan.direct[key[1]]]
-    outputs = apart(values.of(plan.readout), values.x)
+    outputs = owned(values.of(plan.readout), values.x)
     same = {id(values["next", i]): y for i, y in enumerate(states)}  # outputs that are states
     return [same[id(o)] if id(o) in same else o.reshape(values.batch, values.steps, *o.shape[1:]) for o in outputs]
 
 
-def apart(made: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
+def owned(made: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
     """Results in memory of their own, as those of a loop are, also where they are what a cell was given."""
     if not plain((*made, *x)):
         return list(made)
@@ -158,7 +158,7 @@ def staged(
             made = stage.piece.run(*(flat[key] if key in flat else values[key] for key in stage.piece.inputs))
             shapes = [(engine.plan.states[i].shape, engine.plan.states[i].dtype) for i in stage.leaves]
             found = [m.to(d).expand(batch * steps, *s).reshape(batch, steps, *s) for m, (s, d) in zip(made, shapes, strict=True)]
-            found = apart(found, x)
+            found = owned(found, x)
             ends = last_found = [m[:, -1] for m in found]
         states |= dict(zip(stage.leaves, found, strict=True))
         last |= dict(zip(stage.leaves, last_found, strict=True))
