@@ -121,7 +121,7 @@ def assemble(graph: Graph, states: Sequence[StateShape], getters: dict[str, Gett
         states=tuple(states),
         dtype=lowered.dtype,
         prelude=carve(lowered.streams, {}),
-        weights=carve(lowered.params, {}),
+        weights=carve(lowered.params, {}, batch=1),
         readout=readout(graph, lowered.streams, lowered.params),
         direct=tuple(graph.x.index(n) if n in graph.x else None for n in lowered.streams),
         core=lowered.program,

@@ -26,7 +26,8 @@ class Graph:
     """A recorded cell for any batch size.
 
     Nodes carry in `meta`: "val" (an example at the first batch size), "src" (the user's line), "kind" (what they depend
-    on: "const", "param", "x" or "state"), "static" ((args, kwargs) of either recording, with plain integers) and "key".
+    on: "const", "param", "x" or "state"), "static" ((args, kwargs) of either recording, with plain integers), "key", and "along", the
+    axis of its value that is as long as the batch is large (None: there is no one such axis).
     """
 
     graph: fx.Graph
@@ -92,7 +93,7 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
                 raise TraceError(f"the cell makes a new constant tensor of other values on every call ({name}); pass it as an input")
         else:
             node = graph.placeholder(node_a.name)
-        node.meta.update({k: v for k, v in node_a.meta.items() if k in ("val", "src")})
+        node.meta.update({k: v for k, v in node_a.meta.items() if k in ("val", "src")}, along=_along(node_a, node_b, sizes))
         made[node_a] = node
         twin[node_b] = node
         node.meta["static"] = tuple(
@@ -115,6 +116,13 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
     """Of a value that holds something."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) and value.numel() else None
+
+
+def _along(first: fx.Node, second: fx.Node, sizes: tuple[int, int]) -> int | None:
+    """The axis of a value along which the batch lies, by its shapes in two recordings."""
+    shapes = [n.meta["val"].shape if isinstance(n.meta.get("val"), torch.Tensor) else () for n in (first, second)]
+    pairs = [(axis, pair) for axis, pair in enumerate(zip(*shapes, strict=False)) if pair[0] != pair[1]]
+    return pairs[0][0] if len(pairs) == 1 and pairs[0][1] == sizes else None
 
 
 def _keep_samples_apart(graph: Graph, whole: set[fx.Node]) -> None:
@@ -179,16 +187,21 @@ class Piece:
     reads: list[frozenset[Key]] = field(default_factory=list)
 
 
-def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key]) -> Piece:
-    """The part of a graph that computes `outputs` from the nodes in `stops` and from placeholders."""
+def carve(outputs: Sequence[fx.Node], stops: dict[fx.Node, Key], batch: int | None = None) -> Piece:
+    """The part of a graph that computes `outputs` from the nodes in `stops` and from placeholders.
+
+    batch: the batch size, where it is not one of the inputs.
+    """
     graph = fx.Graph()
     inputs: list[Key] = []
     sources: list[fx.Node] = []
-    made: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, Any] = {}
     operations: list[fx.Node] = []
     read: dict[fx.Node, frozenset[Key]] = {}
     for node in _order(outputs, stops):
-        if node in stops or node.op == "placeholder":
+        if batch is not None and node.meta.get("key") == ("batch",):
+            made[node], read[node] = batch, frozenset()
+        elif node in stops or node.op == "placeholder":
             key = stops.get(node) or node.meta["key"]
             inputs.append(key)
             read[node] = frozenset((key,))

@@ -20,7 +20,7 @@ from torch import fx
 from seqparc import ir
 from seqparc.errors import TraceError, UnsupportedOpError
 from seqparc.fold import worth_folding
-from seqparc.graphs import PARTS, Graph, apart
+from seqparc.graphs import PARTS, Graph, apart, mixes
 from seqparc.ir import Value
 from seqparc.layout import Ints, Laid, Layouts, Pair
 from seqparc.ops import ATEN, SPLITS, VIEWS
@@ -201,6 +201,8 @@ class Lowering(Layouts):
         is_view = _moves_only(node)
         if kind == "const" and node.op != "placeholder" and not is_view:
             return self._constant(node)
+        if kind == "param" and not is_view and node.meta.get("along") is not None:
+            return self._shared(node)
         if kind in ("param", "x") and not is_view and not (self.folding and worth_folding(node)):
             # All of an opaque cell runs over all rows; parts of what is complex are nobody's operation.
             if self.unknown is not None and kind == "x" and node.op != "placeholder" and node.target not in PARTS:
@@ -304,7 +306,23 @@ class Lowering(Layouts):
         flat = val.reshape(-1).to(torch.float64)
         if flat.numel() and bool((flat == flat[0]).all() or torch.isnan(flat).all()):
             return Laid(ir.const(float(flat[0])), np.zeros(tuple(self._made(node).shape), np.int64), None)
-        return self._frontier(node, "param", val)
+        return self._frontier(node, "param", val) if node.meta.get("along") is None else self._shared(node)
+
+    def _shared(self, node: fx.Node) -> Laid:
+        """What parameters and constants give each sample, all of them the same (autograd begins with ones, one a sample): one row of it."""
+        Rows(self.graph, self.which).proved(node)
+        along = node.meta["along"]
+        if "row" not in node.meta:
+            with node.graph.inserting_after(node):
+                row = node.graph.call_function(torch.ops.aten.select.int, (node, along, 0))
+            static: Any = ((node, along, 0), {})
+            row.meta.update(val=node.meta["val"].select(along, 0), src=node.meta.get("src"), kind="param", static=(static, static))
+            node.meta["row"] = row
+        row = node.meta["row"]
+        shape = list(node.meta["val"].shape)
+        shape[along] = self.batch_size
+        one = self._frontier(row, "param", row.meta["val"])
+        return Laid(one.value, np.broadcast_to(np.expand_dims(one.elem, along), shape), None)  # type: ignore[union-attr]
 
     def _made(self, node: fx.Node) -> Any:
         """A constant as it is made at this batch size."""
@@ -365,6 +383,32 @@ class Lowering(Layouts):
             view = node.target(torch.from_numpy(inner), *args[1:], **kwargs)  # type: ignore[operator]
             return view.numpy() if isinstance(view, torch.Tensor) else None
         return None
+
+
+class Rows(Lowering):
+    """Lowers what is made of parameters and constants alone as if it were the core, each axis that is a batch marked as that where it
+    arises: what then keeps samples apart is the same for all of them."""
+
+    def proved(self, node: fx.Node) -> None:
+        """Raises TraceError if a value need not be the same for all samples."""
+        found = self.lower(node)
+        if not isinstance(found, Laid) or found.batch is None:
+            raise mixes(node)
+
+    def _lower(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._frontier(node, "param", node.meta["val"])
+        made = self._operation(node) if any("val" in n.meta for n in node.all_input_nodes) else self._constant(node)
+        along = node.meta.get("along")
+        if not isinstance(made, Laid) or made.batch is not None or along is None:
+            return made
+        if not (made.elem == made.elem.take([0], along)).all():
+            return made  # a row each
+        shape = [-1 if axis == along else 1 for axis in range(made.elem.ndim)]
+        return Laid(made.value, made.elem, np.broadcast_to(np.arange(self.batch_size).reshape(shape), made.shape))
+
+    def _shared(self, node: fx.Node) -> Laid:
+        raise mixes(node)
 
 
 def _batch_first(value: Any, batch: int) -> bool:

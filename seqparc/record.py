@@ -42,6 +42,16 @@ _VALUE_DEPENDENT = frozenset(
     aten.masked_select.default aten.unique_dim.default aten._unique2.default aten.unique_consecutive.default""".split()
 )
 
+#: Operations that take no more than shape and kind from the tensor they are given, and what they fill theirs with.
+_SHAPED: dict[str, float | Callable[..., Any]] = {
+    "aten.zeros_like.default": 0.0,
+    "aten.new_zeros.default": 0.0,
+    "aten.ones_like.default": 1.0,
+    "aten.new_ones.default": 1.0,
+    "aten.full_like.default": lambda like, value, *_: value,
+    "aten.new_full.default": lambda like, shape, value, *_: value,
+}
+
 
 class _Reading(TorchFunctionMode):
     """Refuses what reads a tensor's numbers past the operations that a recorder sees."""
@@ -245,6 +255,12 @@ class _Recorder(TorchDispatchMode):
             return self.draw(draw, args, kwargs, written)
         if written:
             return self.mutation(func, name, args, kwargs, written)
+        if (fill := _SHAPED.get(name)) is not None:  # ones_like(energy.sum()), where autograd begins, reads no energy
+            result = func(*args, **kwargs)
+            value = fill if isinstance(fill, float) else fill(*args)
+            about = {"dtype": result.dtype, "device": result.device}
+            self.define(result, self.emit(aten.full.default, (list(result.shape), value), result, about))
+            return result
         nodes = self.nodes(args), self.nodes(kwargs)
         result = func(*args, **kwargs)
         node = self.emit(func, nodes[0], result, nodes[1])

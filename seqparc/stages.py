@@ -63,7 +63,7 @@ def part(graph: Graph, leaves: Sequence[int], earlier: Sequence[int]) -> Graph:
 
     def given(node: fx.Node, name: str, **meta: object) -> fx.Node:
         placeholder = new.placeholder(name)
-        placeholder.meta.update({k: v for k, v in node.meta.items() if k in ("val", "src", "static")}, **meta)
+        placeholder.meta.update({k: v for k, v in node.meta.items() if k in ("val", "src", "static", "along")}, **meta)
         made[node] = placeholder
         return placeholder
 
@@ -86,7 +86,7 @@ def part(graph: Graph, leaves: Sequence[int], earlier: Sequence[int]) -> Graph:
                 given(node, node.name, key=node.meta["key"], kind=node.meta["kind"])
                 continue
             made[node] = copy = new.node_copy(node, made.__getitem__)
-            copy.meta = {k: v for k, v in node.meta.items() if k in ("val", "src")}
+            copy.meta = {k: v for k, v in node.meta.items() if k in ("val", "src", "along")}
             if "static" in node.meta:
                 copy.meta["static"] = tuple(tuple(fx.map_arg(a, made.__getitem__) for a in both) for both in node.meta["static"])
             elif node.meta["kind"] == "const":

@@ -215,22 +215,30 @@ def size(n: Any) -> int:
 
 
 @contextlib.contextmanager
+def untransformed() -> Iterator[None]:
+    """None of torch.func's transforms is there meanwhile."""
+    with contextlib.ExitStack() as stack:
+        if torch._C._are_functorch_transforms_active():
+            stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(enable_inplace_requires_grad(True))
+        yield
+
+
+@contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Nothing of what surrounds the call is there meanwhile. Autocast stays: it is part of what a cell computes."""
     tracing = torch._C._get_tracing_state()
     cache = parametrize._cache_enabled, parametrize._cache
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unlooked())
-        if torch._C._are_functorch_transforms_active():
-            stack.enter_context(temporarily_clear_interpreter_stack())
-            stack.enter_context(enable_inplace_requires_grad(True))
+        stack.enter_context(untransformed())
         if forward_ad._current_level >= 0:
             stack.enter_context(forward_ad._set_fwd_grad_enabled(False))
         if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
             stack.enter_context(_disable_current_modes())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # with any, torch.func takes no derivatives
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         try:
             torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from seqparc.plan import Stats
 from seqparc.report import rendered
 from seqparc.runtime.module import CompiledRNN
 from seqparc.runtime.reference import loop
+from seqparc.surroundings import untransformed
 from seqparc.tree import flatten
 
 #: A compiled result may lose this many times what the plain loop itself loses in the same precision.
@@ -124,7 +125,8 @@ class Precise(TorchFunctionMode):
         if t.dtype in self.dtypes:
             return t
         if id(t) not in self.leaves:
-            self.leaves[id(t)] = (t, t.detach().to(self.dtypes[t.is_complex()]).requires_grad_())
+            with untransformed():  # a cell may call torch.func's transforms, and this is no part of it
+                self.leaves[id(t)] = (t, t.detach().to(self.dtypes[t.is_complex()]).requires_grad_())
         return self.leaves[id(t)][1]
 
     def raised(self, value: Any) -> Any:

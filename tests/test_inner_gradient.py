@@ -1,0 +1,84 @@
+"""Cells that take a derivative themselves, as fields of Hamiltonian networks do, and what they give every sample alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqparc
+from seqparc.errors import TraceError
+
+
+def by_autograd(energy: nn.Module, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = y.requires_grad_(True)
+        return torch.autograd.grad(energy(y).sum(), y, create_graph=True)[0]
+
+
+def by_autograd_of_a_copy(energy: nn.Module, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        at = y if y.requires_grad else y.clone().requires_grad_(True)
+        return torch.autograd.grad(energy(at).sum(), at, create_graph=True)[0]
+
+
+def by_func(energy: nn.Module, y: Tensor) -> Tensor:
+    return torch.func.grad(lambda v: energy(v).sum())(y)
+
+
+def by_vmap(energy: nn.Module, y: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda v: energy(v).squeeze(-1)))(y)
+
+
+class Field(nn.Module):
+    """One step of Euler's along a Hamiltonian field."""
+
+    def __init__(self, take) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, 1))
+        self.take = take
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        dq, dp = self.take(self.energy, y).unbind(-1)
+        return y + x[:, None] * torch.stack((dp, -dq), -1)
+
+
+@pytest.mark.parametrize("take", [by_autograd, by_autograd_of_a_copy, by_func, by_vmap])
+def test_cells_take_derivatives_and_are_differentiated_themselves(take):
+    torch.manual_seed(0)
+    rnn = seqparc.compile(Field(take).double(), state=torch.zeros(2))
+    report = rnn.validate(0.1 * torch.rand(3, 40).double(), torch.randn(3, 2).double())
+    assert report.ok and report.stats.backend == "c"
+
+
+def test_in_float32_the_oracle_takes_the_derivative_in_float64():
+    torch.manual_seed(0)
+    rnn = seqparc.compile(Field(by_vmap), state=torch.zeros(2))
+    assert rnn.validate(0.1 * torch.rand(3, 40), torch.randn(3, 2)).ok
+
+
+def test_what_parameters_give_every_sample_is_made_once():
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(1, 3)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            drive = self.lin(torch.ones(x.shape[0], 1)) + torch.ones(x.shape[0], 1) * torch.tensor([1.0, 2.0, 3.0])
+            return torch.tanh(0.2 * drive * h + x)
+
+    torch.manual_seed(0)
+    rnn = seqparc.compile(Cell(), state=torch.zeros(3))
+    assert rnn.validate(torch.randn(4, 50, 3)).ok
+    assert rnn.stats.backend == "c"
+    assert rnn.engine().plan.core.param_sizes == (3,)
+
+
+def test_what_differs_between_samples_is_no_parameter():
+    w = torch.randn(3, requires_grad=True)
+
+    def numbered(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(0.5 * h + x + torch.arange(x.shape[0])[:, None] * w)
+
+    with pytest.raises(TraceError, match="sample"):
+        seqparc.compile(numbered, state=torch.zeros(3))(torch.randn(2, 10, 3))
