@@ -1,4 +1,5 @@
-"""Cells that PyTorch computes in one operation on a GPU, in the operations they are made of, so that one recording serves all devices."""
+"""What PyTorch computes in one operation, in the operations it is made of: cells on a GPU, so that one recording serves all devices, and
+derivatives of activations and norms."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 
 def _gates(given: Tensor, recurrent: Tensor, b_given: Tensor | None, b_recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,3 +36,16 @@ def lstm(
 
 
 FUSED: dict[str, Callable[..., Any]] = {"aten._thnn_fused_gru_cell.default": gru, "aten._thnn_fused_lstm_cell.default": lstm}
+
+#: Derivatives that are known as they are; of others torch says what they are made of.
+_DERIVATIVES = frozenset(f"aten.{name}_backward.default" for name in ("tanh", "sigmoid", "threshold", "select", "slice", "diagonal"))
+
+
+def made_of(operation: Any) -> Callable[..., Any] | None:
+    """The operations that one is made of, as a function; None: it is taken as it is."""
+    name = str(operation)
+    if name in FUSED:
+        return FUSED[name]
+    if name.endswith(("_backward.default", "_backward_data.default")) and name not in _DERIVATIVES:
+        return decomposition_table.get(operation)
+    return None

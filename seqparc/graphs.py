@@ -27,7 +27,7 @@ class Graph:
 
     Nodes carry in `meta`: "val" (an example at the first batch size), "src" (the user's line), "kind" (what they depend
     on: "const", "param", "x" or "state"), "static" ((args, kwargs) of either recording, with plain integers), "key", and "along", the
-    axis of its value that is as long as the batch is large (None: there is no one such axis).
+    axis of its value that is as long as the batch is large (-1: it is part of one, None: the shape does not depend on it).
     """
 
     graph: fx.Graph
@@ -119,10 +119,10 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _along(first: fx.Node, second: fx.Node, sizes: tuple[int, int]) -> int | None:
-    """The axis of a value along which the batch lies, by its shapes in two recordings."""
+    """The axis of a value along which the batch lies, by its shapes in two recordings; -1: none by itself."""
     shapes = [n.meta["val"].shape if isinstance(n.meta.get("val"), torch.Tensor) else () for n in (first, second)]
     pairs = [(axis, pair) for axis, pair in enumerate(zip(*shapes, strict=False)) if pair[0] != pair[1]]
-    return pairs[0][0] if len(pairs) == 1 and pairs[0][1] == sizes else None
+    return None if not pairs else pairs[0][0] if len(pairs) == 1 and pairs[0][1] == sizes else -1
 
 
 def _keep_samples_apart(graph: Graph, whole: set[fx.Node]) -> None:

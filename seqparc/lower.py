@@ -310,19 +310,16 @@ class Lowering(Layouts):
 
     def _shared(self, node: fx.Node) -> Laid:
         """What parameters and constants give each sample, all of them the same (autograd begins with ones, one a sample): one row of it."""
-        Rows(self.graph, self.which).proved(node)
-        along = node.meta["along"]
+        batch = Rows(self.graph, self.which).proved(node)
+        elem, rows = self._rows(batch)
         if "row" not in node.meta:
             with node.graph.inserting_after(node):
-                row = node.graph.call_function(torch.ops.aten.select.int, (node, along, 0))
-            static: Any = ((node, along, 0), {})
-            row.meta.update(val=node.meta["val"].select(along, 0), src=node.meta.get("src"), kind="param", static=(static, static))
+                row = node.graph.call_function(torch.ops.aten.reshape.default, (node, [-1]))  # which is one row at batch size 1
+            one = node.meta["val"].reshape(-1)[torch.from_numpy(rows[0])] if not self.which else None
+            row.meta.update(val=one, src=node.meta.get("src"), kind="param", static=(((node, [-1]), {}),) * 2)
             node.meta["row"] = row
         row = node.meta["row"]
-        shape = list(node.meta["val"].shape)
-        shape[along] = self.batch_size
-        one = self._frontier(row, "param", row.meta["val"])
-        return Laid(one.value, np.broadcast_to(np.expand_dims(one.elem, along), shape), None)  # type: ignore[union-attr]
+        return Laid(self._frontier(row, "param", row.meta["val"]).value, elem, None)  # type: ignore[arg-type, union-attr]
 
     def _made(self, node: fx.Node) -> Any:
         """A constant as it is made at this batch size."""
@@ -389,18 +386,19 @@ class Rows(Lowering):
     """Lowers what is made of parameters and constants alone as if it were the core, each axis that is a batch marked as that where it
     arises: what then keeps samples apart is the same for all of them."""
 
-    def proved(self, node: fx.Node) -> None:
-        """Raises TraceError if a value need not be the same for all samples."""
+    def proved(self, node: fx.Node) -> Ints:
+        """Which sample each element of a value belongs to; raises TraceError if the value need not be the same for all of them."""
         found = self.lower(node)
         if not isinstance(found, Laid) or found.batch is None:
             raise mixes(node)
+        return found.batch
 
     def _lower(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self._frontier(node, "param", node.meta["val"])
         made = self._operation(node) if any("val" in n.meta for n in node.all_input_nodes) else self._constant(node)
         along = node.meta.get("along")
-        if not isinstance(made, Laid) or made.batch is not None or along is None:
+        if not isinstance(made, Laid) or made.batch is not None or along in (None, -1):
             return made
         if not (made.elem == made.elem.take([0], along)).all():
             return made  # a row each

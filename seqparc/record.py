@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.draws import Draw, draw_of
 from seqparc.errors import TraceError, UnsupportedOpError
-from seqparc.fused import FUSED
+from seqparc.fused import made_of
 from seqparc.ir import Source
 
 aten = torch.ops.aten
@@ -238,9 +238,10 @@ class _Recorder(TorchDispatchMode):
                 f"{user_source() or 'the cell'} makes a Python decision or a shape out of a tensor's value ({name}). seqparc follows "
                 "one path for all steps and samples: use torch.where(condition, a, b) in place of an if."
             )
-        if name in FUSED:
+        # Those that torch takes apart by itself come here whole from inside of what is taken apart below.
+        if (parts := func.decompose if func._can_decompose() else made_of(func)) is not None:
             with self:
-                return FUSED[name](*args, **kwargs)
+                return parts(*args, **kwargs)
         if name == "aten.detach.default" or (name == "aten.alias.default"):
             result = func(*args, **kwargs)
             self.define(result, self.read(args[0]))

@@ -211,8 +211,8 @@ def _prelu(lo: Lowering, node: Any, t: Any, weight: Any) -> Laid:
 @lowers("log_sigmoid_forward")
 def _log_sigmoid(lo: Lowering, node: Any, t: Any) -> list[Laid]:
     x = lo.lower(t)
-    small = lo.map("log1p", lo.map("exp", lo.map("neg", lo.map("abs", x))))
-    return [lo.map("sub", lo.map("minimum", x, 0.0), small), x]
+    e = lo.map("exp", lo.map("neg", lo.map("abs", x)))  # what its derivative is given
+    return [lo.map("sub", lo.map("minimum", x, 0.0), lo.map("log1p", e)), e]
 
 
 @lowers("hardsigmoid")
