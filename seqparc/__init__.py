@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from seqparc import ode as ode
 from seqparc.codegen import openmp as openmp  # is there before anything forks
 from seqparc.compiler import check, compile_plan
 from seqparc.convention import called
@@ -139,4 +140,5 @@ __all__ = [
     "__version__",
     "compile",
     "convert",
+    "ode",
 ]  # fmt: skip
