@@ -140,6 +140,7 @@ class _Recorder(TorchDispatchMode):
         self.attributes: dict[str, torch.Tensor] = {}
         self.names = names
         self.keep: list[torch.Tensor] = []  # storages are told apart by address, so nothing may be freed
+        self.shown: dict[int, list[fx.Node]] = {}  # nodes whose example is memory of a storage, which a write would change
         self.drawn: list[fx.Node] = []
         self.draws: list[Draw] = []
 
@@ -153,9 +154,20 @@ class _Recorder(TorchDispatchMode):
         """Say that a tensor's value is a node's."""
         self.keep.append(t)
         if "val" not in node.meta:
-            node.meta["val"] = t
+            self.show(node, t)
         storage = self.storages.setdefault(t.untyped_storage()._cdata, _Storage(t, origin=origin))
         storage.entries[_geometry(t)] = _Entry(node, storage.version)
+
+    def show(self, node: fx.Node, value: Any) -> None:
+        """Give a node its example."""
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            self.shown.setdefault(value.untyped_storage()._cdata, []).append(node)
+
+    def before_write(self, target: torch.Tensor) -> None:
+        """Examples that are memory about to be written to become what they are now: constants are known by them."""
+        for node in self.shown.pop(target.untyped_storage()._cdata, ()):
+            node.meta["val"] = node.meta["val"].clone()
 
     def read(self, t: torch.Tensor) -> fx.Node:
         """The node that holds a tensor's current value."""
@@ -224,7 +236,7 @@ class _Recorder(TorchDispatchMode):
         if val is None:
             with torch.utils._python_dispatch._disable_current_modes():
                 val = target(*fx.map_arg(args, lambda n: n.meta["val"]), **fx.map_arg(kwargs or {}, lambda n: n.meta["val"]))
-        node.meta["val"] = val
+        self.show(node, val)
         node.meta["src"] = user_source()
         return node
 
@@ -277,6 +289,7 @@ class _Recorder(TorchDispatchMode):
         """Random numbers become an input."""
         if written:
             self.refuse_foreign(written[0])
+            self.before_write(written[0])
         result = draw.function(*args, **kwargs)
         node = self.graph.placeholder(f"draw_{len(self.draws)}")
         value = result[1] if isinstance(result, tuple) else result
@@ -347,6 +360,7 @@ class _Recorder(TorchDispatchMode):
                 raise TraceError(f"{user_source() or 'the cell'} uses {name}, which has no functional form. Avoid the in-place call.")
             functional, fargs, fkw = plain, args, {k: v for k, v in kwargs.items() if k not in out}
         nargs, nkw = self.nodes(fargs), self.nodes(fkw)
+        self.before_write(target)
         result = func(*args, **kwargs)
         node = self.emit(functional, nargs, target.clone(), nkw)
         self.write(target, node)
