@@ -376,6 +376,34 @@ def round(x):
 
 
 @triton.jit
+def to_float32(x):
+    return x.to(tl.float32).to(x.dtype)
+
+
+@triton.jit
+def _to_16(x, drop: tl.constexpr):
+    """A float without so many of its bits, the rest rounded, halves to even."""
+    u = x.to(tl.int32, bitcast=True)
+    u = (u + ((1 << (drop - 1)) - 1) + ((u >> drop) & 1)) & -(1 << drop)
+    return tl.where(x == x, u.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def to_float16(x):
+    """Denormals by an addition whose last bit is theirs."""
+    y = x.to(tl.float32)
+    z = tl.abs(y)
+    r = tl.where(z < 6.103515625e-05, (z + 0.5) - 0.5, _to_16(z, 13))
+    r = tl.where(r > 65504.0, float("inf"), r)
+    return _signed(r, y).to(x.dtype)
+
+
+@triton.jit
+def to_bfloat16(x):
+    return _to_16(x.to(tl.float32), 16).to(x.dtype)
+
+
+@triton.jit
 def lt(a, b):
     return (a < b).to(a.dtype)
 

@@ -344,4 +344,34 @@ SP_FN vf sp_remainder(vf a, vf b) {
   vf m = sp_fmod(a, b);
   return sp_select((vi)(m != 0) & ((vi)(m < 0) ^ (vi)(b < 0)), m + b, m);
 }
+
+/* To the nearest number of a narrower type, halves to even, by way of float. Bits that are dropped carry into those that stay, and into the
+ * exponent; what half has as a denormal is rounded by an addition whose last bit is that of the denormals. */
+SP_FN float sp_round16(float x, int brain) {
+  union { float f; uint32_t u; } v = {x};
+  uint32_t sign = v.u & 0x80000000u, size = v.u ^ sign;
+  if (size > 0x7f800000u) return x;
+  if (!brain && size < 0x38800000u) {
+    v.u = size;
+    v.f = (v.f + 0.5f) - 0.5f;
+  } else {
+    int drop = brain ? 16 : 13;
+    v.u = (size + ((1u << (drop - 1)) - 1) + ((size >> drop) & 1)) >> drop << drop;
+    if (!brain && v.u > 0x477fe000u) v.u = 0x7f800000u;
+  }
+  v.u |= sign;
+  return v.f;
+}
+SP_FN vf sp_to_float32(vf x) {
+  for (int l = 0; l < W; l++) x[l] = (real)(float)x[l];
+  return x;
+}
+SP_FN vf sp_to_float16(vf x) {
+  for (int l = 0; l < W; l++) x[l] = (real)sp_round16((float)x[l], 0);
+  return x;
+}
+SP_FN vf sp_to_bfloat16(vf x) {
+  for (int l = 0; l < W; l++) x[l] = (real)sp_round16((float)x[l], 1);
+  return x;
+}
 /* ---- End of the vector header ---- */

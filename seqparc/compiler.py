@@ -19,6 +19,7 @@ from seqparc import structural as structural
 from seqparc.captured import Getter, reachable
 from seqparc.draws import Draw, seed
 from seqparc.errors import InternalError, TraceError, UnsupportedOpError
+from seqparc.exact import HALVES
 from seqparc.graphs import Graph, Key, carve, unify
 from seqparc.ir import Program
 from seqparc.lower import Lowered, Lowering
@@ -29,22 +30,29 @@ from seqparc.record import Trace, record
 from seqparc.runtime import opaque
 from seqparc.runtime.interpreter import TorchKernel
 from seqparc.signature import Convention
+from seqparc.surroundings import autocast
 from seqparc.verify import verify
 
 #: Two batch sizes at which every cell is recorded; what differs between the recordings must be the batch axis.
 BATCH_SIZES = (3, 5)
 
 
-def compile_plan(cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], fold: bool = True) -> Plan:
+def compile_plan(
+    cell: Any, convention: Convention, x: Sequence[Tensor], state: Sequence[Tensor], fold: bool = True, wide: bool = False
+) -> Plan:
     """Compile a cell for the shapes and dtypes of one step's inputs x [batch, ...] and states [batch, ...].
 
     fold: narrow inputs are multiplied inside the recurrence, which saves memory traffic and costs arithmetic.
+    wide: the core computes in float64, for the sake of its integers.
     """
     begin = time.perf_counter()
     first, second = (trace(cell, convention, x, state, b) for b in BATCH_SIZES)  # two recordings: fx graphs of ATen operations
     draws = alike(first.draws, second.draws)
     counts = (len(x) + len(draws), len(state), convention.out.count if convention.out is not None else 0)
     graph = unify(first, second, BATCH_SIZES, counts)  # -> Graph, for any batch size
+    given = [*x, *state, *graph.attributes.values()]
+    graph.explicit = autocast(x[0].device.type) is None and not any(t.dtype in HALVES for t in given)
+    graph.wide = wide
     shapes = [StateShape(tuple(s.shape[1:]), s.dtype) for s in state]
     getters = {name: first.getters.get(name, functools.partial(_same, t)) for name, t in graph.attributes.items()}
     try:
@@ -130,6 +138,7 @@ def assemble(graph: Graph, states: Sequence[StateShape], getters: dict[str, Gett
         structure=structure,
         attributes=getters,
         frozen=lowered.frozen,
+        given=lowered.given,
         coarse=any(getattr(n.meta.get("val"), "dtype", None) in (torch.bfloat16, torch.float16) for n in graph.graph.nodes),
         adjoint=adjoint,
         stored=stored,

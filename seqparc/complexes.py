@@ -205,19 +205,34 @@ def _polar(lo: Lowering, node: fx.Node, size: Any, angle: Any) -> Pair:
 
 @lowers("abs")
 def _abs(lo: Lowering, node: fx.Node, a: Any) -> Part:
-    return _map(lo, "hypot", *_parts(lo, a))
+    return _modulus(lo, *_parts(lo, a))
+
+
+def _modulus(lo: Lowering, re: Part, im: Part) -> Part:
+    """Without a derivative at zero, as autograd has it."""
+    if im is None:
+        return _map(lo, "abs", re)
+    nothing = _both_zero(lo, re, im)
+    return _map(lo, "where", nothing, 0.0, _map(lo, "hypot", _map(lo, "where", nothing, 1.0, re), im))
+
+
+def _both_zero(lo: Lowering, re: Part, im: Part) -> Part:
+    return _map(lo, "mul", _map(lo, "eq", re, 0.0), _map(lo, "eq", im, 0.0))
 
 
 @lowers("angle")
 def _angle(lo: Lowering, node: fx.Node, a: Any) -> Part:
-    re, im = _parts(lo, a)
-    return _map(lo, "atan2", im, re)
+    """Without a derivative at zero, as autograd has it; there it follows from signs, which trunc keeps."""
+    re, im = (_zero(p) for p in _parts(lo, a))
+    nothing = _both_zero(lo, re, im)
+    there = _map(lo, "atan2", _map(lo, "trunc", im), _map(lo, "trunc", re))
+    return _map(lo, "where", nothing, there, _map(lo, "atan2", im, _map(lo, "where", nothing, 1.0, re)))
 
 
 @lowers("sgn")
 def _sgn(lo: Lowering, node: fx.Node, a: Any) -> Pair:
     re, im = _parts(lo, a)
-    size = _map(lo, "hypot", re, im)
+    size = _modulus(lo, re, im)
     zero = _map(lo, "eq", size, 0.0)
     safe = _map(lo, "where", zero, 1.0, size)
     return _pair(lo, node, *(_map(lo, "where", zero, 0.0, _div(lo, part, safe)) for part in (re, im)))
@@ -252,8 +267,9 @@ def _imag(lo: Lowering, node: fx.Node, a: Any) -> Part:
 
 @lowers("_to_copy")
 def _cast(lo: Lowering, node: fx.Node, a: Any, **_: Any) -> Any:
-    re, im = _parts(lo, a)
-    return _pair(lo, node, re, im) if node.meta["val"].dtype.is_complex else re
+    of, to = (n.meta["val"].dtype for n in (a, node))
+    re, im = (lo.cast(p, of.to_real(), to.to_real()) if isinstance(p, Laid) else p for p in _parts(lo, a))
+    return _pair(lo, node, re, im) if to.is_complex else re
 
 
 @lowers("eq.Tensor", "eq.Scalar", "ne.Tensor", "ne.Scalar")

@@ -21,6 +21,10 @@ class StateError(SeqparcError):
     """The initial state cannot be found, or the state changes shape, dtype or structure from step to step."""
 
 
+class InexactError(SeqparcError):
+    """Integers of a call are larger than the arithmetic holds exactly; caught by what then takes another."""
+
+
 class UnsupportedOpError(SeqparcError):
     """An operation in the core has no row in the operation table."""
 

@@ -38,6 +38,9 @@ class Graph:
     attributes: dict[str, torch.Tensor]
     batch: fx.Node
     batch_sizes: tuple[int, int]
+    #: Whether it has 16 bits only where it asks for them, and whether it is to be computed in float64 (see `seqparc.exact`).
+    explicit: bool = True
+    wide: bool = False
 
 
 def _linear(batch: int, per_sample: int, constant: int) -> int:

@@ -19,6 +19,7 @@ from torch import fx
 
 from seqparc import ir
 from seqparc.errors import TraceError, UnsupportedOpError
+from seqparc.exact import CASTS, Kinds, common, is_count, packet, picks
 from seqparc.fold import worth_folding
 from seqparc.graphs import PARTS, Graph, apart, mixes
 from seqparc.ir import Value
@@ -36,6 +37,8 @@ class Lowered:
     #: Tensors whose values were used (masks, indices): a change means lowering anew.
     frozen: dict[str, torch.Tensor]
     dtype: torch.dtype
+    #: What integers that come in, go out or are states are to stay below; None where there are none that could reach it.
+    given: int | None
 
 
 #: Slots from here on stand for results of operations that are not known.
@@ -55,14 +58,16 @@ class Lowering(Layouts):
         self.params: list[fx.Node] = []
         self.known_zero: dict[int, NDArray[np.bool_]] = {}
         self.frozen: dict[str, torch.Tensor] = {}
-        self.dtypes: set[torch.dtype] = set()
         self.part: int | None = None  # which part of complex values is being lowered, while one is
+        self.common: torch.dtype | None = None  # what the operation that is being lowered is computed in
+        self.core = _needed(graph)
+        self.kinds = Kinds(self.core, (*graph.state, *graph.next), graph.explicit, graph.wide, strict=unknown is None)
 
     # -- the whole ---------------------------------------------------------------------------------------------------
 
     def run(self) -> Lowered:
-        for node in self.graph.graph.nodes:  # in order, so that recursion stays shallow
-            if node.meta["kind"] == "state" and node.op != "output" and "val" in node.meta and self._in_core(node):
+        for node in self.core:  # in order, so that recursion stays shallow
+            if node.meta["kind"] == "state" and "val" in node.meta:
                 self.lower(node)
         state, following, sizes = [], [], []
         for slot, (before, after) in enumerate(zip(self.graph.state, self.graph.next, strict=True)):
@@ -81,27 +86,7 @@ class Lowering(Layouts):
             param_sizes=tuple(n.meta["val"].numel() for n in self.params),
             emit_sizes=tuple(sizes),
         )
-        return Lowered(program, self.streams, self.params, self.known_zero, self.frozen, self._dtype())
-
-    def _dtype(self) -> torch.dtype:
-        """The arithmetic: the widest floating type in the core, float32 at least; float64 where the whole state is integers, which may not
-        be exact in that. Beside numbers of 32 bits it would decide comparisons of those with constants otherwise than the loop."""
-        states, read = ({n.meta["val"].dtype for n in of} for of in ((*self.graph.state, *self.graph.next), self.streams))
-        counts = {torch.int64, torch.int32, torch.uint32, torch.uint64}
-        exact = bool(states & counts) and not any(d.is_floating_point or d.is_complex for d in states)
-        return torch.float64 if exact or torch.float64 in self.dtypes | states | read else torch.float32
-
-    def _in_core(self, node: fx.Node) -> bool:
-        if not hasattr(self, "_core"):
-            needed: set[fx.Node] = set()
-            stack = list(self.graph.next)
-            while stack:
-                n = stack.pop()
-                if n not in needed:
-                    needed.add(n)
-                    stack.extend(n.all_input_nodes)
-            self._core = needed
-        return node in self._core
+        return Lowered(program, self.streams, self.params, self.known_zero, self.frozen, self.kinds.dtype, self.kinds.given)
 
     # -- building blocks of operations -------------------------------------------------------------------------------
 
@@ -111,7 +96,10 @@ class Lowering(Layouts):
         batch, elems = self._join(shape, tensors)
         size = elems[0].size
         picked = iter(elems)
-        values = [ir.take(t.value, next(picked)) if isinstance(t, Laid) else ir.const(float(t), size) for t in operands]
+        values = [
+            ir.take(t.value, next(picked)) if isinstance(t, Laid) else ir.const(self.kinds.constant(t, self.common, self.node), size)
+            for t in operands
+        ]
         dead = np.logical_or.reduce([self._dead(v) for v in values]) if op == "mul" else np.zeros(size, bool)
         if not dead.any():
             return self._new(ir.map_(op, *values, src=self._src()), shape, batch)
@@ -183,18 +171,18 @@ class Lowering(Layouts):
         if not isinstance(node, fx.Node):
             return node
         if node not in self.done:
-            outer, part = self.node, self.part
-            self.node, self.part = node, None
+            outer, part, dtype = self.node, self.part, self.common
+            self.node, self.part, self.common = node, None, None
             self.done[node] = self._lower(node)
-            self.node, self.part = outer, part
+            self.node, self.part, self.common = outer, part, dtype
         found = self.done[node]
-        return found[self.part] if isinstance(found, Pair) and self.part is not None else found
+        found = found[self.part] if isinstance(found, Pair) and self.part is not None else found
+        rounding = self.kinds.converts(node, self.common) if isinstance(found, Laid) else None
+        return found if rounding is None else self.map(rounding, found)
 
     def _lower(self, node: fx.Node) -> Any:
         kind, target = node.meta["kind"], str(node.target)
         val: Any = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and kind == "state" and (val.dtype.is_floating_point or val.dtype.is_complex):
-            self.dtypes.add(val.dtype.to_real() if val.dtype.is_complex else val.dtype)
         if node in self.graph.state:
             size = val.numel() // val.shape[0]
             return self._input(ir.leaf("state", self.graph.state.index(node), np.arange(size)[None]), val)
@@ -232,9 +220,16 @@ class Lowering(Layouts):
             return self._any(node)
 
     def _known(self, node: fx.Node) -> Any:
-        """A node in the core, by its operation."""
+        """A node in the core, by its operation, in numbers of its dtype."""
         if _is_part(node):
             return self.lower(node.args[0])[node.args[1]]
+        self.common = common(node)
+        found, val = self._by_name(node), node.meta["val"]
+        if isinstance(val, (list, tuple)):
+            return [self._kept(node, one, v) for one, v in zip(found, val, strict=False)]
+        return self._kept(node, found, val)
+
+    def _by_name(self, node: fx.Node) -> Any:
         if not any(_is_complex(n) for n in (node, *node.all_input_nodes)):
             return self.plain(node)
         handler = COMPLEX.get(str(node.target), COMPLEX["_copied"] if getattr(node.target, "__name__", "") == "_copied" else None)
@@ -245,6 +240,36 @@ class Lowering(Layouts):
             )
         args, kwargs = node.meta["static"][self.which]
         return handler(self, node, *args, **kwargs)
+
+    def _kept(self, node: fx.Node, found: Any, val: Any) -> Any:
+        """A result as its dtype keeps it."""
+        if isinstance(found, Pair):
+            return Pair(*(self._kept(node, part, val) for part in found))
+        if not isinstance(found, Laid) or not isinstance(val, torch.Tensor):
+            return found
+        if val.dtype is torch.bool and packet(node) in ("add", "sum"):
+            return self.map("ne", found, 0.0)
+        if self.kinds.wraps(node):
+            return self.wrapped(found, val.dtype)
+        rounding = None if picks(node) or packet(node) in CASTS else self.kinds.rounding(val.dtype)
+        return found if rounding is None else self.map(rounding, found)
+
+    def wrapped(self, t: Laid, dtype: torch.dtype) -> Laid:
+        """Integers beyond a dtype's range as it holds them: by as many whole ranges further on."""
+        low, size = float(torch.iinfo(dtype).min), 2.0 ** (8 * dtype.itemsize)
+        ranges = self.map("floor", self.map("mul", self.map("sub", t, low) if low else t, 1 / size))
+        return self.map("sub", t, self.map("mul", ranges, size))
+
+    def cast(self, t: Laid, of: torch.dtype, to: torch.dtype) -> Laid:
+        """Numbers of a dtype in another."""
+        if to.is_complex:
+            return self.cast(t, of, to.to_real())
+        if to is torch.bool:
+            return t if of is torch.bool else self.map("ne", t, 0.0)
+        if is_count(to):
+            return self.map("trunc", t) if of.is_floating_point else t
+        rounding = None if of is torch.bool or of is to else self.kinds.rounding(to)
+        return t if rounding is None else self.map(rounding, t)
 
     def _any(self, node: fx.Node) -> Any:
         """What stands for the result of an operation that is not known: numbers of which only the sample is."""
@@ -332,7 +357,8 @@ class Lowering(Layouts):
         name = node.target.__name__ if callable(node.target) else ""
         source = self.lower(args[0])
         if name == "_copied":
-            return self.move(node, [source], lambda c: c[0].expand(args[1]))[0]
+            cast = self.cast(source, args[0].meta["val"].dtype, args[2])
+            return self.move(node, [cast], lambda c: c[0].expand(args[1]))[0]
         rest = [self._static_index(a) for a in args[1:]]
         extra = {k: v for k, v in kwargs.items() if k not in ("memory_format", "dtype", "device", "layout", "pin_memory")}
         if str(node.target) == "aten.constant_pad_nd.default" and len(args) > 2 and args[2]:
@@ -375,8 +401,11 @@ class Lowering(Layouts):
             shape = tuple(node.meta["val"].shape)
             return np.logical_or.reduce([np.broadcast_to(z, shape) for z in found]) if found else None
         if target in ("aten.div.Tensor", "aten.neg.default", "aten._to_copy.default", "aten.abs.default"):
-            return self._zeros(args[0])
+            inner = self._zeros(args[0])
+            return None if inner is None else np.broadcast_to(inner, tuple(node.meta["val"].shape)).copy()
         if target in VIEWS and (inner := self._zeros(args[0])) is not None:
+            if target == "aten.constant_pad_nd.default":  # what is put there is zero where it is
+                args, kwargs = (*args[:2], not (args[2] if len(args) > 2 else kwargs.get("value", 0))), {}
             view = node.target(torch.from_numpy(inner), *args[1:], **kwargs)  # type: ignore[operator]
             return view.numpy() if isinstance(view, torch.Tensor) else None
         return None
@@ -407,6 +436,18 @@ class Rows(Lowering):
 
     def _shared(self, node: fx.Node) -> Laid:
         raise mixes(node)
+
+
+def _needed(graph: Graph) -> list[fx.Node]:
+    """Nodes that the next state is made of, in order."""
+    needed: set[fx.Node] = set()
+    stack = list(graph.next)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in graph.graph.nodes if n in needed]
 
 
 def _batch_first(value: Any, batch: int) -> bool:

@@ -58,6 +58,11 @@ def _truth(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return predicate
 
 
+def _rounded(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """To the nearest number of a dtype; by way of float32, as torch does it."""
+    return lambda a: a.to(torch.float32).to(dtype).to(a.dtype)
+
+
 def _where(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(c != 0, a, b)
 
@@ -101,10 +106,10 @@ _ROWS = (
     Op("atan2", 2, "atan2(a, b)", "sp_atan2({0}, {1})", torch.atan2, ("atan2",),
        ("b/(a**2 + b**2)", "-a/(a**2 + b**2)"), (_POSITIVE, _POSITIVE), 80),
     Op("hypot", 2, "sqrt(a**2 + b**2)", "sp_hypot({0}, {1})", torch.hypot, ("hypot",),
-       ("where(eq(y, 0), 0, g*a/y)", "where(eq(y, 0), 0, g*b/y)"), (), 20),
+       ("g*(a/y)", "g*(b/y)"), (), 20),
     Op("fmod", 2, "fmod(a, b)", "sp_fmod({0}, {1})", torch.fmod, _binary("fmod"), ("1", "-trunc(a/b)"), (_ANY, _POSITIVE), 40),
     Op("remainder", 2, "Mod(a, b)", "sp_remainder({0}, {1})", torch.remainder, _binary("remainder"),
-       ("1", "-floor(a/b)"), (_ANY, _POSITIVE), 40),
+       ("1", "-round((a - y)/b)"), (_ANY, _POSITIVE), 40),  # the floor of a quotient that is not rounded
     Op("abs", 1, "Abs(a)", "sp_abs({0})", torch.abs, ("abs",), ("sign(a)",)),
     Op("relu", 1, "Max(a, 0)", "sp_max({0}, sp_set1(0))", torch.relu, ("relu",), ("where(le(a, 0), 0, g)",)),
     Op("maximum", 2, "Max(a, b)", "sp_max({0}, {1})", torch.maximum, ("maximum",),
@@ -116,6 +121,9 @@ _ROWS = (
     Op("ceil", 1, "ceiling(a)", "sp_ceil({0})", torch.ceil, ("ceil",), _NONE1),
     Op("round", 1, "round(a)", "sp_round({0})", torch.round, ("round",), _NONE1),
     Op("trunc", 1, "trunc(a)", "sp_trunc({0})", torch.trunc, ("trunc",), _NONE1),
+    Op("to_float32", 1, "to_float32(a)", "sp_to_float32({0})", _rounded(torch.float32), (), ("1",)),
+    Op("to_float16", 1, "to_float16(a)", "sp_to_float16({0})", _rounded(torch.float16), (), ("1",), (), 8),
+    Op("to_bfloat16", 1, "to_bfloat16(a)", "sp_to_bfloat16({0})", _rounded(torch.bfloat16), (), ("1",), (), 8),
     Op("lt", 2, "lt(a, b)", "sp_lt({0}, {1})", _truth(torch.lt), _binary("lt"), _NONE2),
     Op("le", 2, "le(a, b)", "sp_le({0}, {1})", _truth(torch.le), _binary("le"), _NONE2),
     Op("gt", 2, "gt(a, b)", "sp_gt({0}, {1})", _truth(torch.gt), _binary("gt"), _NONE2),

@@ -55,6 +55,7 @@ class Plan:
     adjoint: Callable[[], Any]
     jacobian: Callable[[str, str], Program]  # (name of a kernel, update) -> the program that carries that update's matrices too
     stored: Callable[[], Any]  # seqparc.passes.stored.Stored: the program and the adjoint of save="store"; None if there is nothing to keep
+    given: int | None = None  # what integers that come in and go out are to be below, if they could be larger than they are exact
     inputs: int = 0  # leaves of x, before the draws
     draws: tuple[Draw, ...] = ()  # random numbers of every step, further leaves of x
     own_gradient: tuple[str, ...] = ()  # where the cell cuts or replaces its own gradient, in words

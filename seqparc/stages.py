@@ -93,4 +93,4 @@ def part(graph: Graph, leaves: Sequence[int], earlier: Sequence[int]) -> Graph:
                 copy.meta["kind"] = "const"  # arithmetic on the batch size
     classify(new)
     following = [made[graph.next[i]] for i in leaves]
-    return Graph(new, x, state, [], following, graph.attributes, batch, graph.batch_sizes)
+    return Graph(new, x, state, [], following, graph.attributes, batch, graph.batch_sizes, graph.explicit, graph.wide)

@@ -62,8 +62,14 @@ def _addcdiv(lo: Lowering, node: Any, t: Any, a: Any, b: Any, value: float = 1) 
 
 @lowers("lerp.Scalar", "lerp.Tensor")
 def _lerp(lo: Lowering, node: Any, a: Any, b: Any, weight: Any) -> Laid:
-    start = lo.lower(a)
-    return lo.map("add", start, lo.map("mul", lo.map("sub", lo.lower(b), start), lo.lower(weight)))
+    """From the nearer end, as torch: b - (b - a) (1 - w) where |w| is a half or more, which gives b itself at 1."""
+    start, end, w = lo.lower(a), lo.lower(b), lo.lower(weight)
+    way = lo.map("sub", end, start)
+    if not isinstance(w, Laid):
+        return lo.map("add", *((start, lo.map("mul", way, w)) if abs(w) < 0.5 else (end, lo.map("mul", way, w - 1.0))))
+    far = lo.map("ge", lo.map("abs", w), 0.5)
+    share = lo.map("where", far, lo.map("sub", w, 1.0), w)
+    return lo.map("add", lo.map("where", far, end, start), lo.map("mul", way, share))
 
 
 @lowers("div.Tensor_mode", "floor_divide")
@@ -139,9 +145,7 @@ def _not(lo: Lowering, node: Any, a: Any) -> Laid:
 @lowers("_to_copy")
 def _to_copy(lo: Lowering, node: Any, t: Any, dtype: torch.dtype | None = None, **_: Any) -> Laid:
     source = lo.lower(t)
-    if dtype is None or dtype.is_floating_point:
-        return source  # type: ignore[no-any-return]
-    return lo.map("ne", source, 0.0) if dtype is torch.bool else lo.map("trunc", source)
+    return source if dtype is None else lo.cast(source, t.meta["val"].dtype, dtype)  # type: ignore[no-any-return]
 
 
 @lowers("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty")
@@ -217,8 +221,14 @@ def _log_sigmoid(lo: Lowering, node: Any, t: Any) -> list[Laid]:
 
 @lowers("hardsigmoid")
 def _hardsigmoid(lo: Lowering, node: Any, t: Any) -> Laid:
-    inner = lo.map("minimum", lo.map("maximum", lo.map("add", lo.lower(t), 3.0), 0.0), 6.0)
-    return lo.map("div", inner, 6.0)
+    x = lo.lower(t)
+    inner = lo.map("div", lo.map("add", x, 3.0), 6.0)  # which has no derivative at either end, as autograd has it
+    return lo.map("where", lo.map("le", x, -3.0), 0.0, lo.map("where", lo.map("ge", x, 3.0), 1.0, inner))
+
+
+@lowers("mish")
+def _mish(lo: Lowering, node: Any, t: Any) -> Laid:
+    return lo.map("mul", lo.lower(t), lo.map("tanh", _softplus(lo, node, t)))
 
 
 # -- products ------------------------------------------------------------------------------------------------------------
@@ -269,12 +279,18 @@ def _linear(lo: Lowering, node: Any, x: Any, w: Any, bias: Any = None) -> Laid:
 
 @lowers("sum", "sum.dim_IntList")
 def _sum(lo: Lowering, node: Any, t: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
-    return lo.fold("sum", lo.lower(t), dim, keepdim)
+    return lo.fold("sum", _of_dtype(lo, t, dtype), dim, keepdim)
+
+
+def _of_dtype(lo: Lowering, t: Any, dtype: torch.dtype | None) -> Laid:
+    """What a fold is asked to fold in a dtype."""
+    source = lo.lower(t)
+    return source if dtype is None else lo.cast(source, t.meta["val"].dtype, dtype)  # type: ignore[no-any-return]
 
 
 @lowers("mean", "mean.dim")
 def _mean(lo: Lowering, node: Any, t: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
-    source = lo.lower(t)
+    source = _of_dtype(lo, t, dtype)
     total = lo.fold("sum", source, dim, keepdim)
     return lo.map("div", total, float(source.elem.size / total.elem.size))
 
@@ -295,14 +311,14 @@ def _var(lo: Lowering, node: Any, t: Any, dim: Any = None, correction: float | N
     count = source.elem.size / lo.fold("sum", source, dim, True).elem.size
     mean = lo.map("div", lo.fold("sum", source, dim, True), float(count))
     squares = lo.fold("sum", lo.map("square", lo.map("sub", source, mean)), dim, keepdim)
-    return lo.map("div", squares, float(count - (1 if correction is None else correction)))
+    return lo.map("div", squares, float(max(count - (1 if correction is None else correction), 0)))
 
 
 @lowers("linalg_vector_norm")
 def _norm(lo: Lowering, node: Any, t: Any, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Laid:
     if order != 2:
         raise UnsupportedOpError(f"{node.meta.get('src')}: a vector norm of order {order} in the core")
-    squares = lo.fold("sum", lo.map("square", lo.lower(t)), dim, keepdim)
+    squares = lo.fold("sum", lo.map("square", _of_dtype(lo, t, dtype)), dim, keepdim)
     nothing = lo.map("eq", squares, 0.0)  # whose gradient is 0, as autograd has it
     return lo.map("where", nothing, squares, lo.map("sqrt", lo.map("where", nothing, 1.0, squares)))
 

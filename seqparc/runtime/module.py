@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seqparc import signature as sig
 from seqparc.captured import Made, parts, reachable
 from seqparc.draws import drawn
-from seqparc.errors import SeqparcError, SeqparcWarning, ShapeError, SignatureError, StateError, UnsupportedOpError
+from seqparc.errors import InexactError, SeqparcError, SeqparcWarning, ShapeError, SignatureError, StateError, UnsupportedOpError
 from seqparc.held import Watch, untouched
 from seqparc.locks import LOOKING
 from seqparc.options import Options
@@ -68,6 +68,7 @@ class CompiledRNN(nn.Module):
         self._engines: dict[Any, Engine | str] = {}
         self._last: Engine | Stats = Stats()
         self._replays = Replays()
+        self._wide = 0  # 1: integers were met that float32 does not hold, 2: that float64 does not
         self._number = numbered(self)
 
     @property
@@ -77,7 +78,7 @@ class CompiledRNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         keep = dict(self.__dict__)
-        for name in ("_understood", "_first", "_parts", "_made", "_engines", "_last", "_replays", "_number"):
+        for name in ("_understood", "_first", "_parts", "_made", "_engines", "_last", "_replays", "_wide", "_number"):
             keep.pop(name, None)
         return keep
 
@@ -123,6 +124,7 @@ class CompiledRNN(nn.Module):
 
     def _answer(self, call: Call, cell: Any, admit: Admit | None) -> tuple[list[Tensor], list[Tensor]]:
         """Output leaves [batch, time, ...] and last state leaves of a call of the cell, or of a step made from it."""
+        whole, whole_cell = call, cell
         call, cell = paired(call, cell)
         leaves, convention, start, _ = call
         engine = self._engine(call, cell)
@@ -132,7 +134,11 @@ class CompiledRNN(nn.Module):
             self._last = Stats(backend="eager", strategy="sequential", chunk_length=leaves[0].shape[1], passes=1, fallback=engine)
             looped = loop(lambda a, b: convention.call(cell, a, b), leaves, start)
             return cell.own(*looped) if isinstance(cell, Paired) else looped
-        answer = self._run(engine, cell, convention, leaves, start, call.about[0])
+        try:
+            answer = self._run(engine, cell, convention, leaves, start, call.about[0])
+        except InexactError as error:
+            self._widen(engine, error)
+            return self._answer(whole, whole_cell, admit)
         self.__dict__["_last"] = engine  # past nn.Module's own setter, which looks for parameters
         return cell.own(*answer) if isinstance(cell, Paired) else answer
 
@@ -326,7 +332,8 @@ class CompiledRNN(nn.Module):
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
         cell = self.cell if cell is None else cell
         training = tuple([m.training for m in self._parts[0]])
-        key: tuple[Any, ...] = call.about, training, modes(), autocast(call.about[0])
+        wide = max(self._wide, int(not plain(call.leaves)))  # numbers that cannot be looked at may be large
+        key: tuple[Any, ...] = call.about, training, modes(), autocast(call.about[0]), wide
         engine = self._engines.get(key)
         if isinstance(engine, Engine) and engine.plan.stale():
             engine = None
@@ -350,6 +357,8 @@ class CompiledRNN(nn.Module):
             like = [stand_in(v[:, :1], rows) for v in call.leaves]
             name = self._elsewhere() if surrounded else None
             try:
+                if key[4] > 1:
+                    raise UnsupportedOpError("Its integers are larger than the 53 bits that are exact in float64")
                 if name is not None:
                     raise UnsupportedOpError(f"{name} belongs to a transform or mode that surrounds the call, and is in no module")
                 # No draw of the user's is used up.
@@ -358,9 +367,12 @@ class CompiledRNN(nn.Module):
                     backends = TOOLS["backends"](self.options, x_t[0].device)
                     if key[3] is not None:
                         start = settled(cell, convention, x_t, start)
-                    plan = TOOLS["compile_plan"](cell, convention, x_t, start, fold=backends[0][0] != "triton")
+                    plan = TOOLS["compile_plan"](cell, convention, x_t, start, fold=backends[0][0] != "triton", wide=key[4] > 0)
                     engine = Engine(plan, backends, self.options, TOOLS["choose"])
                     TOOLS["check"](plan, convention, cell, x_t, start, self._trial)
+            except InexactError as error:
+                self._widen(engine, error)
+                return self._make_engine(call, cell, (*key[:4], self._wide, *key[5:]))
             except (UnsupportedOpError, NotImplementedError) as error:
                 engine = str(error)
                 if cell is self.cell or isinstance(cell, Derived):
@@ -376,6 +388,13 @@ class CompiledRNN(nn.Module):
             if name is None:
                 self._engines[key] = engine
         return engine
+
+    def _widen(self, engine: Engine | str | None, error: InexactError) -> None:
+        """Take arithmetic that holds larger integers from now on; that of the loop where there is no other."""
+        if not isinstance(engine, Engine):
+            raise error
+        narrow = any(part.plan.given and part.plan.dtype is torch.float32 for _, part in engine.parts)
+        self._wide = max(self._wide, 1) if narrow else 2
 
     def _watch(self) -> Callable[[], bool]:
         """A way to see whether the cell has changed, as it is now: its settings and parts, and which of those are training."""

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from seqparc import ir
 from seqparc.convention import Convention
 from seqparc.errors import UnsupportedOpError
+from seqparc.exact import LIMITS, reaches
 from seqparc.graphs import Piece
 from seqparc.ir import Program, Value
 from seqparc.plan import Plan, StateShape
@@ -61,7 +62,8 @@ def plan_of(
     if any(t.is_complex() for t in (*x, *state)):
         raise UnsupportedOpError(why)
     sizes = tuple(s[0].numel() for s in state)
-    wide = any(not t.is_floating_point() or t.dtype is torch.float64 for t in (*x, *state))  # that holds all integers there may be
+    wide = any(not t.is_floating_point() or t.dtype is torch.float64 for t in (*x, *state))  # that holds integers of up to 53 bits
+    limit = LIMITS[torch.float64].all
     leaves = tuple(ir.leaf("state", i, np.arange(n)[None]) for i, n in enumerate(sizes))
     program = Program(
         name="cell", lanes=1, state=leaves, next=leaves,
@@ -100,6 +102,7 @@ def plan_of(
         structure=Unknown(sum(sizes)),
         attributes=attributes,
         frozen={},
+        given=limit if any(reaches(limit, t.dtype) for t in (*x, *state)) else None,
         coarse=False,
         adjoint=none,
         stored=none,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from seqparc.draws import drawn
+from seqparc.errors import InexactError
+from seqparc.exact import below, reaches
 from seqparc.plan import Plan, StateShape
 from seqparc.runtime.differentiable import Solve, parts, unit
 from seqparc.runtime.engine import Engine
@@ -33,7 +35,10 @@ class Run(NamedTuple):
 
 
 def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
-    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable."""
+    """Run a plan on x leaves [batch, time, ...] from start leaves [batch, ...]; differentiable.
+
+    Raises InexactError where integers are met, or made, that are larger than the plan's arithmetic holds exactly.
+    """
     device = x[0].device.type
     if autocast(device) is not None:
         with recast(device, None):  # a plan holds the casts that the cell was seen to make, and wants no others
@@ -48,6 +53,8 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
         return Run(states, read(plan, values, states, start), last, ends)
     weights = values.of(plan.weights)
     streams = streams_of(plan, values)
+    exact(plan, weights, [w.dtype for w in weights])
+    exact(plan, start, [s.dtype for s in plan.states])
     params = [w if w.dtype == plan.dtype else w.to(plan.dtype) for w in weights]
     flat = [
         s if s.dim() == 2 and s.dtype == plan.dtype else s.reshape(batch, n).to(plan.dtype)
@@ -67,11 +74,26 @@ def run(engine: Engine, x: list[Tensor], start: list[Tensor]) -> Run:
         flat_states = [room(s, batch, steps, s.shape[1]) for s in flat]
         end = engine.forward(flat, streams, params, flat_states, steps)
         flat_last = parts(end, flat)
+    exact(plan, flat_states, [s.dtype for s in plan.states])
     states = [_shaped(y, s, batch, steps) for y, s in zip(flat_states, plan.states, strict=True)]
     last = [_shaped(e, s, batch) for e, s in zip(flat_last, plan.states, strict=True)]
     values |= {("param", i): w for i, w in enumerate(weights)}
     streams.clear()  # what nothing else reads is gone before the readout makes more
     return Run(states, read(plan, values, states, start), last, flat_last)
+
+
+def exact(plan: Plan, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Raises InexactError where those of the tensors that hold integers, by their dtypes in the cell, hold larger ones than are exact.
+
+    Not of tensors that hold no numbers, and not while a CUDA graph is captured.
+    """
+    if plan.given is None:
+        return
+    counts = [t.detach() for t, dtype in zip(tensors, dtypes, strict=True) if reaches(plan.given, dtype)]
+    if not counts or not plain(counts) or (counts[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if not below(plan.given, counts):
+        raise InexactError(f"integers of {plan.given} and more")
 
 
 class Values(dict[Any, Any]):
@@ -108,6 +130,7 @@ def streams_of(plan: Plan, values: Values) -> list[Tensor]:
         flat = values.of(plan.prelude)
         values |= {key: flat[key[1]] for key in plan.read if key[0] == "stream"}
         made = [s.reshape(batch, steps, n) for s, n in zip(flat, sizes, strict=True)]
+    exact(plan, made, [s.dtype for s in made])
     return [_ready(s, plan.dtype) for s in made]
 
 
