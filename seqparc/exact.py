@@ -148,8 +148,11 @@ class Kinds:
         if dtype is torch.float32:
             rounded = self.dtype is torch.float64
         else:
-            rounded = dtype in HALVES and node is not None and (picks(node) or str(node.target) in COMPARISONS)
-        return float(torch.tensor(float(number), dtype=dtype)) if rounded else float(number)
+            whole = node is not None and (picks(node) or str(node.target) in COMPARISONS or packet(node) in ("full_like", "new_full"))
+            rounded = whole and dtype is not None and (dtype in HALVES or is_count(dtype))
+        if not rounded or dtype is None:
+            return float(number)
+        return float(torch.tensor(int(number) if is_count(dtype) else float(number)).to(dtype))
 
     def converts(self, node: fx.Node, dtype: torch.dtype | None) -> str | None:
         """The operation that an operand of an operation in a dtype is first rounded by, if any."""
@@ -202,7 +205,7 @@ def _product(a: float, b: float = 1) -> float:
 
 
 def _power(a: float, exponent: float) -> float:
-    return math.inf if a > 1 and exponent > 1100 else a**exponent if math.isfinite(a) else math.inf
+    return 1.0 if a <= 1 else math.inf if exponent * math.log2(a) > 1000 else a**exponent
 
 
 #: By the name of an operation, from the largest magnitudes of its operands that of its results.
@@ -211,10 +214,15 @@ _MOST: dict[str, Most] = {
     **dict.fromkeys(("where", "masked_fill", "maximum", "minimum", "cat", "stack", "slice_scatter", "as_strided_scatter"), _largest),
     **dict.fromkeys(("neg", "abs", "relu", "amax", "amin", "floor", "ceil", "trunc", "round", "clone", "index", "fill"), _largest),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh", "floor_divide", "div", "select_scatter"), _largest),
-    "mul": _product, "square": lambda a: _product(a, a), "pow": _power, "sign": lambda a: 1, "sgn": lambda a: 1,
+    "addcmul": lambda t, a, b: t + _product(a, b), "mul": _product, "square": lambda a: _product(a, a), "pow": _power,
+    "sign": lambda a: 1, "sgn": lambda a: 1,
     "remainder": lambda a, b: b, "fmod": min,
     **dict.fromkeys(("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"), lambda *a: 1),
 }  # fmt: skip
+
+
+#: Sums of products over the last axis of a factor, with what is added to them in front.
+_PRODUCTS = ("mm", "bmm", "mv", "dot", "linear", "addmm", "baddbmm")
 
 
 def _most(node: fx.Node, known: dict[fx.Node, float], limits: Limits) -> float:
@@ -241,10 +249,18 @@ def _most(node: fx.Node, known: dict[fx.Node, float], limits: Limits) -> float:
         # An integer made of a number with a fraction is as exact as that; in float64 it is taken to be below 2^31.
         floating = math.inf if limits is LIMITS[torch.float32] else float(1 << 31)
         return floating if _floating(source) else operands[0]
+    if name in _PRODUCTS:
+        *added, a, b = operands[: 3 if name.startswith(("add", "badd")) else 2]
+        first = node.args[len(added)].meta["val"]  # type: ignore[union-attr]
+        return sum(added) + _product(_product(a, b), float(first.shape[-1]))
     if name in ("sum", "cumsum"):
         first = node.args[0]
-        count = first.meta["val"].numel() / max(value.numel(), 1) if name == "sum" else max(first.meta["val"].shape, default=1)  # type: ignore[union-attr]
-        return _product(operands[0], float(count))
+        given = first.meta["val"]  # type: ignore[union-attr]
+        return _product(operands[0], float(given.numel() / max(value.numel(), 1) if name == "sum" else max(given.shape, default=1)))
+    if name == "pow" and any(isinstance(a, fx.Node) for a in node.args[1:]):
+        return math.inf  # which may be negative, and then is none of the table's
+    if name == "addcmul" and "value" in node.kwargs:
+        operands[1] = _product(operands[1], abs(node.kwargs["value"]))  # type: ignore[arg-type]
     if name in ("add", "sub", "rsub") and "alpha" in node.kwargs:
         operands[1 if name != "rsub" else 0] = _product(operands[1 if name != "rsub" else 0], abs(node.kwargs["alpha"]))  # type: ignore[arg-type]
     if name in ("clamp", "hardtanh") and len(node.args) == 3 and all(isinstance(a, (int, float)) for a in node.args[1:]):

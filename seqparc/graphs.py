@@ -90,9 +90,7 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
             node = graph.placeholder(node_a.name)
             name = node_a.meta["attribute"]
             node.meta.update(key=("attr", name), kind="param")
-            if first.attributes[name] is not second.attributes[name] and not torch.equal(
-                first.attributes[name], second.attributes[name]
-            ):
+            if first.attributes[name] is not second.attributes[name] and not _alike(first.attributes[name], second.attributes[name]):
                 raise TraceError(f"the cell makes a new constant tensor of other values on every call ({name}); pass it as an input")
         else:
             node = graph.placeholder(node_a.name)
@@ -113,6 +111,11 @@ def unify(first: Trace, second: Trace, sizes: tuple[int, int], counts: tuple[int
     found = Graph(graph, inputs[:n_x], inputs[n_x:], outputs[:n_out], outputs[n_out:], first.attributes, batch, sizes)
     _keep_samples_apart(found, whole)
     return found
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same; what is no number is like itself here."""
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -243,6 +243,7 @@ class Lowering(Layouts):
 
     def _kept(self, node: fx.Node, found: Any, val: Any) -> Any:
         """A result as its dtype keeps it."""
+        self.common = None
         if isinstance(found, Pair):
             return Pair(*(self._kept(node, part, val) for part in found))
         if not isinstance(found, Laid) or not isinstance(val, torch.Tensor):

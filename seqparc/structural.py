@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from seqparc.errors import UnsupportedOpError
+from seqparc.exact import is_count
 from seqparc.layout import Laid
 from seqparc.lower import STRUCTURAL, Lowering, registers
 
@@ -52,6 +53,7 @@ def _pow(lo: Lowering, node: Any, a: Any, exponent: float) -> Laid:
 
 @lowers("addcmul")
 def _addcmul(lo: Lowering, node: Any, t: Any, a: Any, b: Any, value: float = 1) -> Laid:
+    value = int(value) if is_count(node.meta["val"].dtype) else value
     return lo.map("add", lo.lower(t), _scaled(lo, lo.map("mul", lo.lower(a), lo.lower(b)), value))
 
 
@@ -85,7 +87,8 @@ def _div_mode(lo: Lowering, node: Any, a: Any, b: Any, rounding_mode: str | None
     exact = lo.map("sub", lo.map("div", lo.map("sub", x, left), y), other)
     whole = lo.map("floor", exact)
     near = lo.map("add", whole, lo.map("gt", lo.map("sub", exact, whole), 0.5))
-    return lo.map("where", none, lo.map("div", x, y), near)
+    # A quotient by zero has the sign of both, and like any other of these no derivative.
+    return lo.map("where", none, lo.map("div", lo.map("sign", x), lo.map("trunc", y) if isinstance(y, Laid) else y), near)
 
 
 @lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
@@ -95,7 +98,10 @@ def _where(lo: Lowering, node: Any, c: Any, a: Any, b: Any) -> Laid:
 
 @lowers("masked_fill.Scalar", "masked_fill.Tensor")
 def _masked_fill(lo: Lowering, node: Any, t: Any, mask: Any, value: Any) -> Laid:
-    return lo.map("where", lo.lower(mask), lo.lower(value), lo.lower(t))
+    filling, dtype = lo.lower(value), node.meta["val"].dtype
+    if isinstance(filling, Laid):
+        filling = lo.cast(filling, value.meta["val"].dtype, dtype)
+    return lo.map("where", lo.lower(mask), filling, lo.lower(t))
 
 
 @lowers("clamp", "clamp.Tensor", "clamp_min", "clamp_max", "clamp_min.Tensor", "clamp_max.Tensor", "hardtanh")
@@ -109,12 +115,14 @@ def _clamp(lo: Lowering, node: Any, t: Any, low: Any = None, high: Any = None, *
     # The derivative is 1 at the bounds for clamp and 0 for hardtanh, as autograd has it.
     above, below = ("le", "ge") if "hardtanh" in name else ("lt", "gt")
     value = lo.lower(t)
-    if low is not None:
-        bound = lo.lower(low)
-        value = lo.map("where", lo.map(above, value, bound), bound, value)
-    if high is not None:
-        bound = lo.lower(high)
-        value = lo.map("where", lo.map(below, value, bound), bound, value)
+    for given, beyond in ((low, above), (high, below)):
+        if given is not None:
+            bound = lo.lower(given)
+            value = lo.map("where", lo.map(beyond, value, bound), bound, value)
+            if isinstance(bound, Laid):  # nothing is beyond a bound that is no number, and torch gives that
+                value = lo.map("where", lo.map("eq", bound, bound), value, bound)
+            elif bound != bound:
+                value = lo.map("mul", value, bound)
     return value  # type: ignore[no-any-return]
 
 
@@ -154,7 +162,7 @@ def _like(lo: Lowering, node: Any, t: Any, *args: Any, **kwargs: Any) -> Laid:
     source = lo.lower(t)
     shape = list(source.shape) if name.endswith("_like") else list(args[0])
     value = args[0] if name == "full_like" else args[1] if name == "new_full" else 1.0 if "ones" in name else 0.0
-    return Laid(_const(value), np.zeros(shape, np.int64), None)
+    return Laid(_const(lo.kinds.constant(value, lo.common, node)), np.zeros(shape, np.int64), None)
 
 
 def _const(value: float) -> Any:
