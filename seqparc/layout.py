@@ -162,9 +162,9 @@ class Layouts:
                 shape = [1] * batch.ndim
                 shape[axis] = -1
                 layouts.append(np.broadcast_to(np.arange(self.batch_size).reshape(shape), batch.shape))
-        if batch.ndim == 1 and batch.size % self.batch_size == 0:  # a storage written flat, its samples outermost or innermost
-            place = np.arange(batch.size)
-            layouts += [place // (batch.size // self.batch_size), place % self.batch_size]
+        if batch.ndim == 1 and batch.size % self.batch_size == 0:  # a storage written flat: any part of a sample may lie together
+            size = batch.size // self.batch_size
+            layouts += [np.arange(batch.size) // n % self.batch_size for n in range(size, 0, -1) if size % n == 0]
         for along in layouts:
             if (along[batch >= 0] == batch[batch >= 0]).all():
                 return along

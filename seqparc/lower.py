@@ -345,6 +345,9 @@ class Lowering(Layouts):
             row.meta.update(val=one, src=node.meta.get("src"), kind="param", static=(((node, [-1]), {}),) * 2)
             node.meta["row"] = row
         row = node.meta["row"]
+        if not self.which:
+            zero = self._zeros(node)
+            row.meta["zero"] = None if zero is None else zero.reshape(-1)[rows[0]]
         return Laid(self._frontier(row, "param", row.meta["val"]).value, elem, None)  # type: ignore[arg-type, union-attr]
 
     def _made(self, node: fx.Node) -> Any:
@@ -387,6 +390,8 @@ class Lowering(Layouts):
     def _zeros(self, node: fx.Node) -> NDArray[np.bool_] | None:
         """Where a parameter-only value is zero because a constant in it is; None: nowhere known."""
         target, val = str(node.target), node.meta.get("val")
+        if "zero" in node.meta:
+            return node.meta["zero"]  # type: ignore[no-any-return]
         if node.meta["kind"] == "const" and isinstance(val, torch.Tensor):
             return (val == 0).cpu().numpy()
         if node.op == "placeholder" and node.meta["key"][0] == "attr":

@@ -74,6 +74,21 @@ def test_what_parameters_give_every_sample_is_made_once():
     assert rnn.engine().plan.core.param_sizes == (3,)
 
 
+def test_zeros_of_what_is_made_once_are_those_of_one_sample():
+    """Each output's derivative is asked for by a row of an identity matrix, spread over the samples: 0 0 0 1 1 1 for three of them."""
+
+    def cell(x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = y if y.requires_grad else y.clone().requires_grad_()
+            slope = torch.stack((at[:, 1], x - torch.sin(at[:, 0]) * (1 + 0.2 * at[:, 1])), 1)
+            each = torch.eye(2, dtype=y.dtype)[:, None].expand(2, len(y), 2)
+            (jacobian,) = torch.autograd.grad(slope, at, each, create_graph=True, is_grads_batched=True)
+        return y + 0.1 * (jacobian.transpose(0, 1) @ torch.tanh(slope)[:, :, None])[:, :, 0]
+
+    rnn = seqparc.compile(cell, state=torch.zeros(2), backend="torch")
+    assert rnn.validate(torch.randn(2, 9).double(), torch.randn(2, 2).double()).ok
+
+
 def test_what_differs_between_samples_is_no_parameter():
     w = torch.randn(3, requires_grad=True)
 
