@@ -23,7 +23,7 @@ _ARGUMENTS = (_A, _B, _C)
 _OPAQUE = {
     name: sympy.Function(name)
     for name in ("where", "lt", "le", "gt", "ge", "eq", "ne", "round", "trunc", "fmod", "atan2", "relu", "pow", "maximum", "minimum",
-                 "to_float32", "to_float16", "to_bfloat16")
+                 "held", "to_float32", "to_float16", "to_bfloat16")
 }
 _LOCALS: dict[str, Any] = {"a": _A, "b": _B, "c": _C, "y": _Y, "g": _G, **_OPAQUE}
 _FUNCTIONS = {

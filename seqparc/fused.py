@@ -35,6 +35,19 @@ def lstm(
     return torch.sigmoid(o) * torch.tanh(new), new, c
 
 
+def floored(size: Tensor, least: float) -> Tensor:
+    """At least so much, with the derivative of the size itself everywhere."""
+    return torch.where(size < least, size + (least - size).detach(), size)
+
+
+def cosine_similarity(call: Callable[..., Tensor], x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """As torch computes it: no gradient is lost where a norm is below eps. `call(floored, size, eps)` makes that one operation."""
+    kind = torch.promote_types(x1.dtype, x2.dtype)
+    one, two = (t.to(kind) for t in torch.broadcast_tensors(x1, x2))
+    sizes = (call(floored, torch.linalg.vector_norm(t, 2, dim, keepdim=True), eps) for t in (one, two))
+    return torch.mul(*(t / size for t, size in zip((one, two), sizes, strict=True))).sum(dim)
+
+
 FUSED: dict[str, Callable[..., Any]] = {"aten._thnn_fused_gru_cell.default": gru, "aten._thnn_fused_lstm_cell.default": lstm}
 
 #: Derivatives that are known as they are; of others torch says what they are made of.

@@ -122,6 +122,7 @@ _ROWS = (
     Op("ceil", 1, "ceiling(a)", "sp_ceil({0})", torch.ceil, ("ceil",), _NONE1),
     Op("round", 1, "round(a)", "sp_round({0})", torch.round, ("round",), _NONE1),
     Op("trunc", 1, "trunc(a)", "sp_trunc({0})", torch.trunc, ("trunc",), _NONE1),
+    Op("held", 1, "held(a)", "({0})", torch.Tensor.detach, (), _NONE1),  # without a derivative
     Op("to_float32", 1, "to_float32(a)", "sp_to_float32({0})", _rounded(torch.float32), (), ("1",)),
     Op("to_float16", 1, "to_float16(a)", "sp_to_float16({0})", _rounded(torch.float16), (), ("1",), (), 8),
     Op("to_bfloat16", 1, "to_bfloat16(a)", "sp_to_bfloat16({0})", _rounded(torch.bfloat16), (), ("1",), (), 8),

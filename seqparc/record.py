@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqparc.draws import Draw, draw_of
 from seqparc.errors import TraceError, UnsupportedOpError
-from seqparc.fused import made_of
+from seqparc.fused import cosine_similarity, made_of
 from seqparc.ir import Source
 
 aten = torch.ops.aten
@@ -54,7 +54,11 @@ _SHAPED: dict[str, float | Callable[..., Any]] = {
 
 
 class _Reading(TorchFunctionMode):
-    """Refuses what reads a tensor's numbers past the operations that a recorder sees."""
+    """Refuses what reads a tensor's numbers past the operations that a recorder sees, and takes apart what those do not tell all of."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (name := getattr(func, "__name__", "")) in ("numpy", "tolist", "__array__"):
@@ -62,6 +66,8 @@ class _Reading(TorchFunctionMode):
                 f"{user_source() or 'the cell'} reads a tensor's numbers in Python ({name}), which are others at every step. seqparc "
                 "follows one path for all steps and samples: use torch's own operations."
             )
+        if func is torch.cosine_similarity:
+            return cosine_similarity(self.recorder.call, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -242,6 +248,12 @@ class _Recorder(TorchDispatchMode):
 
     # -- operations ------------------------------------------------------------------------------------------------
 
+    def call(self, function: Callable[..., torch.Tensor], t: torch.Tensor, *numbers: float) -> torch.Tensor:
+        """A function of ours, as one operation."""
+        node = self.emit(function, (self.read(t), *numbers))
+        self.define(node.meta["val"], node)
+        return node.meta["val"]  # type: ignore[no-any-return]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func)
@@ -401,7 +413,7 @@ def record(
         recorder.define(t, node, "x" if given is None or i < given else "fresh")
         placeholders.append(node)
     before = random.getstate(), np.random.get_state()
-    with _Reading(), recorder:
+    with _Reading(recorder), recorder:
         results = function(*inputs)
     after = random.getstate(), np.random.get_state()
     if before[0] != after[0] or not all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True)):

@@ -13,6 +13,7 @@ import torch
 
 from seqparc.errors import UnsupportedOpError
 from seqparc.exact import is_count
+from seqparc.fused import floored
 from seqparc.layout import Laid
 from seqparc.lower import STRUCTURAL, Lowering, registers
 
@@ -329,6 +330,15 @@ def _norm(lo: Lowering, node: Any, t: Any, order: float = 2, dim: Any = None, ke
     squares = lo.fold("sum", lo.map("square", _of_dtype(lo, t, dtype)), dim, keepdim)
     nothing = lo.map("eq", squares, 0.0)  # whose gradient is 0, as autograd has it
     return lo.map("where", nothing, squares, lo.map("sqrt", lo.map("where", nothing, 1.0, squares)))
+
+
+def _floored(lo: Lowering, node: Any, size: Any, least: float) -> Laid:
+    """See `seqparc.fused.floored`."""
+    n = lo.lower(size)
+    return lo.map("where", lo.map("lt", n, least), lo.map("add", n, lo.map("held", lo.map("sub", least, n))), n)
+
+
+STRUCTURAL[str(floored)] = _floored
 
 
 @lowers("native_layer_norm")

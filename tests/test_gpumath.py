@@ -17,7 +17,7 @@ from seqparc.ops import OPS
 
 pytest.importorskip("triton")
 
-COMPOSED = ("add", "sub", "mul", "div", "neg", "reciprocal", "square")  # plain arithmetic in the generated text
+COMPOSED = ("add", "sub", "mul", "div", "neg", "reciprocal", "square", "held")  # plain arithmetic in the generated text
 NAMES = tuple(name for name in OPS if name not in COMPOSED)
 TYPES = ("float32", "float64")
 

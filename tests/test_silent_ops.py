@@ -188,6 +188,9 @@ STEPS: dict[str, tuple[Step, Tensor]] = {
     "floor of a quotient by nothing": (lambda x, h: torch.div(h, x, rounding_mode="floor") + 0.1 * h, NOTHING),
     "atan2 of nothing": (lambda x, h: torch.atan2(0 * h, x) + 0.1 * h, NOTHING),
     "clamp by no number": (lambda x, h: torch.clamp(0.5 * h, max=torch.where(x > 0, x, torch.nan)), some(2, 4, 4)),
+    "cosine of what is smaller than its eps": (
+        lambda x, h: 0.5 * h + x * F.cosine_similarity(h, x, dim=-1, eps=2.0).unsqueeze(-1), some(2, 4, 4)
+    ),
     "mish": (lambda x, h: F.mish(0.5 * h + x), 30 * some(2, 4, 4)),
     "hypot of nothing": (lambda x, h: torch.hypot(0 * h, x) + 0.1 * h, NOTHING),
     "modulus of nothing": (lambda x, h: torch.complex(0 * h, x).abs() + 0.1 * h, NOTHING),
