@@ -42,6 +42,8 @@ class _Watch(TorchFunctionMode):
         owner = getattr(func, "__self__", None)
         cut = name in _CUTS or (name == "__get__" and owner is Tensor.__dict__.get("data", torch._C.TensorBase.data))
         off = name == "_set_grad_enabled" and args and args[0] is False
+        if name == "requires_grad_" and (kwargs or {}).get("requires_grad", args[1] if len(args) > 1 else True):
+            cut = False  # it asks for what there is
         if cut and (off or (args and isinstance(args[0], Tensor) and args[0].requires_grad)):
             word = "no_grad" if name == "_set_grad_enabled" else "data" if name == "__get__" else name
             self.found.append(f"{word} at {user_source() or 'the cell'}")
@@ -83,8 +85,10 @@ def own_gradient(cell: Any, convention: Convention, x: Sequence[Tensor], state: 
         return t.detach().requires_grad_(t.is_floating_point() or t.is_complex()).clone()
 
     watch = _Watch()
-    with torch.enable_grad(), watch:
-        out, following = convention.call(cell, [given(t) for t in x], [given(t) for t in state])
+    with torch.enable_grad():
+        given_x, given_state = [given(t) for t in x], [given(t) for t in state]
+        with watch:
+            out, following = convention.call(cell, given_x, given_state)
     results = (*(out or ()), *following)
     todo = [t.grad_fn for t in results]
     if any(t.is_inference() for t in results):

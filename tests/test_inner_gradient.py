@@ -49,6 +49,7 @@ def test_cells_take_derivatives_and_are_differentiated_themselves(take):
     rnn = seqparc.compile(Field(take).double(), state=torch.zeros(2), backend="torch")
     report = rnn.validate(0.1 * torch.rand(3, 20).double(), torch.randn(3, 2).double())
     assert report.ok and report.stats.backend == "torch"
+    assert not rnn.engine().plan.own_gradient
 
 
 def test_in_float32_the_oracle_takes_the_derivative_in_float64():
