@@ -122,7 +122,7 @@ _READABLE = {
 def to_sympy(value: Value, name: Mapping[Value, str], limit: int = 400) -> sympy.Expr:
     """A scalar value as an expression over named leaves, for reading; values in `name` become symbols."""
     done: dict[Value, sympy.Expr] = {}
-    order = ir.topological([value])
+    order = _down_to(value, name)
     if len(order) > limit:
         return sympy.Symbol(f"(expression of {len(order)} terms)")
     for v in order:
@@ -138,6 +138,20 @@ def to_sympy(value: Value, name: Mapping[Value, str], limit: int = 400) -> sympy
             case _:
                 done[v] = sympy.Symbol(f"{type(v).__name__.lower()}{len(done)}", real=True)
     return done[value]
+
+
+def _down_to(value: Value, name: Mapping[Value, str]) -> list[Value]:
+    """The values that a value is made of, arguments first, and none below those that have a name."""
+    order: dict[Value, None] = {}
+    stack = [(value, False)]
+    while stack:
+        v, expanded = stack.pop()
+        if expanded or v in name:
+            order.setdefault(v)
+        elif v not in order:
+            stack.append((v, True))
+            stack.extend((a, False) for a in v.args)
+    return list(order)
 
 
 if __name__ == "__main__":
