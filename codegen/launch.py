@@ -89,6 +89,15 @@ class CKernel:
     def _is_few(self, lanes: int, threads: int) -> bool:
         return len(self._ways) > 1 and self._beside(lanes, threads) < self._tiled(lanes, threads)
 
+    def together(self, lanes: int, threads: int) -> float:
+        """How many of so many lanes (chunks × samples) one tile holds; tiles are shared out over the threads evenly and in order."""
+        mine, each = self.program.lanes, -(-lanes * self.program.lanes // threads)
+        if self._is_few(lanes, threads):
+            return lanes / -(-lanes // min(each, TOGETHER))
+        vectors = -(-lanes * mine // self.vector)
+        width = self.tile if not self.compiled.scalar or vectors >= self.tile * threads else 1
+        return self.vector * width / (mine if self.compiled.scalar else 1)
+
     def _beside(self, lanes: int, threads: int) -> float:
         """What a step of so many lanes takes, each with its numbers side by side."""
         each = -(-lanes * self.program.lanes // threads)

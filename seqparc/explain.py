@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import html
+import bisect
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sympy
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from seqparc import ir
 from seqparc.codegen.floor import floor
 from seqparc.errors import SeqparcError, ToolchainError
+from seqparc.explanation import TIME, Explanation
 from seqparc.forgetting import forgetting
+from seqparc.formula import formula
 from seqparc.passes import derivative, symbolic
+from seqparc.picture import Row
 from seqparc.plan import Plan, Stats
-from seqparc.report import rendered
+from seqparc.runtime.driver import Cut
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.memory import Memory, memory
 from seqparc.runtime.module import CompiledRNN
 from seqparc.runtime.slabs import count
+from seqparc.timeline import MOST, Timeline, timeline
 
 #: Jacobian entries shown one by one.
 SHOWN = 16
@@ -33,67 +34,11 @@ SHOWN = 16
 CARD = "sm_90"
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Sections of text, the Jacobian's pattern and symbolic entries, the statistics of the last call, and the memory that one takes."""
-
-    name: str
-    sections: tuple[tuple[str, tuple[str, ...]], ...]
-    pattern: np.ndarray
-    entries: tuple[tuple[str, sympy.Expr], ...]
-    stats: Stats
-    memory: dict[str, Memory] = field(default_factory=dict)  # of "forward" alone and of "forward and backward"
-
-    def __str__(self) -> str:
-        table = Table(title=self.name, show_header=False, show_lines=True, title_justify="left")
-        table.add_column("part", no_wrap=True)
-        table.add_column("what", overflow="fold")
-        for title, lines in self.sections:
-            table.add_row(title, "\n".join(lines))
-        return rendered(table)
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left;vertical-align:top'>{html.escape(title)}</th>"
-            f"<td style='text-align:left'><pre>{html.escape(chr(10).join(lines))}</pre></td></tr>"
-            for title, lines in self.sections
-        )
-        return f"<table><caption>{html.escape(self.name)}</caption>{rows}</table>"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything in it, of plain types."""
-        return {
-            "cell": self.name,
-            **{title: list(lines) for title, lines in self.sections},
-            "pattern": self.pattern.astype(int).tolist(),
-            "entries": {name: str(e) for name, e in self.entries},
-            "bytes": {what: asdict(m) for what, m in self.memory.items()},
-        }
-
-    def to_latex(self) -> str:
-        """The Jacobian's entries of one lane, as aligned equations."""
-        lines = [f"{sympy.latex(sympy.Symbol(name))} &= {sympy.latex(e)} \\\\" for name, e in self.entries]
-        return "\n".join(["\\begin{align*}", *lines, "\\end{align*}"])
-
-    def plot(self, path: str | Path) -> None:
-        """Write a picture: the Jacobian's sparsity pattern, and the gap after each pass of the last call. Needs matplotlib."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.spy(self.pattern, markersize=max(1, 120 / max(1, len(self.pattern))), color="tab:blue")
-        left.set(title="where the state Jacobian may be non-zero", xlabel="state number", ylabel="next state number")
-        for label, s in (("forward", self.stats), ("backward", self.stats.backward)):
-            if s is not None and s.gaps:
-                right.semilogy(range(1, len(s.gaps) + 1), np.maximum(s.gaps, 1e-17), "o-", label=label)
-                right.legend()
-        right.set(title="gap after each pass", xlabel="pass", ylabel="gap (relative)")
-        right.xaxis.get_major_locator().set_params(integer=True)
-        figure.savefig(path, dpi=120)
-
-
 def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
-    """Explain a compiled cell for the shapes of x, or of the last call. Raises SeqparcError if there is neither."""
+    """Explain a compiled cell for the shapes of x, or of the last call. Raises SeqparcError if there is neither.
+
+    On an x calls are measured too, by an engine of their own: `rnn.stats` and what the cell's engine has learnt stay as they are.
+    """
     engine = rnn.engine(x, state)
     if engine is None:
         raise SeqparcError("nothing was run yet: give explain an input, explain(x), for the shapes it is about")
@@ -101,28 +46,89 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
         return Explanation(rnn.name, (("not compiled", (engine, "It runs as the plain loop.")),), np.zeros((0, 0), bool), (), rnn.stats)
     plan = engine.plan
     entries = [entry for _, part in engine.parts for entry in _entries(part.plan)]
-    sections = [("split", _split(plan)), ("state Jacobian", _structure(plan))]
-    if plan.stages:
-        sections = [("stages", _stages(plan)), ("state Jacobian", _structure(plan))]
+    form = formula(plan, rnn.cell)
+    sections = [("stages", _stages(plan)) if plan.stages else ("split", _split(plan)), ("state Jacobian", _structure(plan))]
+    sections.append(("in matrix form", form.text()))
+    taken: dict[str, Memory] = {}
+    times, ran = Timeline(), engine
     if x is not None:
         leaves, convention, start = rnn.understand(x, state)
-        sections.append(("forgetting", forgetting(rnn.cell, convention, leaves, start).lines()))
-    for suffix, part in engine.parts:
+        if leaves[0].shape[0]:
+            sections.append(("forgetting", forgetting(rnn.cell, convention, leaves, start).lines()))
+        times, watched = _timed(engine, leaves, start)
+        ran = watched if watched is not None and not engine.stats.backend else engine
+        taken = _memory(ran, leaves)
+    for (suffix, part), (_, made) in zip(engine.parts, ran.parts, strict=True):
         shown = _entries(part.plan)
         sections += [
             *([(f"split{suffix}", _split(part.plan)[:3])] if plan.stages else []),
             (f"lanes{suffix}", _lanes(part.plan)),
             *([(f"entries of one lane{suffix}", tuple(f"{n} = {_readable(e)}" for n, e in shown[:SHOWN]) + _more(shown))] if shown else []),
-            (f"strategy{suffix}", _strategy(part)),
-            (f"kernels{suffix}", _kernels(part)),
+            (f"strategy{suffix}", (*_unasked(ran, engine), *_strategy(made))),
+            (f"kernels{suffix}", _kernels(made)),
             *([(f"GPU kernel{suffix}", told)] if (told := _gpu(part)) else []),
         ]
-    taken = _memory(engine, leaves) if x is not None else {}
     if taken:
         sections.append(("memory of a call", tuple(line for what, m in taken.items() for line in m.lines(what))))
+    if x is not None:
+        sections.append((TIME, times.lines()))
     notes = dict.fromkeys(note for p in (plan, *(part.plan for _, part in engine.parts)) for note in p.notes)
     sections += [("notes", tuple(notes))] if notes else []
-    return Explanation(rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), engine.stats, taken)
+    hardest = max((e.last["forward"][2] for _, e in ran.parts if "forward" in e.last), key=len_of, default=None)
+    return Explanation(
+        rnn.name, tuple(sections), plan.structure.pattern, tuple(entries), ran.stats, taken, form, times, tuple(plan.core.state_sizes),
+        rows(ran), None if hardest is None else hardest.rtol or hardest.atol,
+    )  # fmt: skip
+
+
+def len_of(cut: Cut) -> int:
+    return len(cut.spans)
+
+
+def _unasked(ran: Engine, engine: Engine) -> tuple[str, ...]:
+    return () if ran is engine else ("not called yet: this is of runs for this explanation",)
+
+
+def _timed(engine: Engine, x: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Timeline, Engine | None]:
+    """Where a call's time goes, with backward where there is a compiled one and room for it."""
+    own, known = bool(engine.plan.own_gradient), _memory(engine, x)
+    most = {what: m.most for what, m in known.items()}
+    gradient = torch.is_grad_enabled() and not own and most.get("forward and backward", 0) <= MOST
+    return timeline(engine, x, start, gradient, most["forward and backward" if gradient else "forward"])
+
+
+def rows(engine: Engine) -> dict[str, tuple[Row, ...]]:
+    """Which stretches of time the last call ran where, by direction and what its kernels' names end in.
+
+    Each is a chunk, or a sample where time is one stretch.
+    """
+    found = {}
+    for suffix, part in engine.parts:
+        for direction, (_, _, cut, outcome) in part.last.items():
+            _, kernel = part.kernels.get(direction) or part.kernels.get(f"{direction} stored") or ("", None)
+            spans, batch = cut.spans, max(1, outcome.batch)
+            threads = _threads(kernel, len(spans), batch)
+            lead = np.zeros_like(spans.t0) if spans.lead is None else spans.lead
+            columns = zip(lead.tolist(), spans.t0.tolist(), spans.length.tolist(), strict=True)
+            if len(spans) > 1:
+                made = tuple(Row(c, *column, threads[c * batch]) for c, column in enumerate(columns))
+            else:
+                made = tuple(Row(b, *column, threads[b]) for column in columns for b in range(batch))
+            found[direction + suffix] = made
+    return found
+
+
+def _threads(kernel: Any, chunks: int, batch: int) -> list[int]:
+    """Which thread runs each (chunk, sample); -1 where all run at once. As the kernels in C share tiles out, in order and evenly."""
+    lanes, together = chunks * batch, getattr(kernel, "together", None)
+    if together is None:
+        return [-1] * lanes
+    team = torch.get_num_threads()
+    size = together(lanes, team)
+    tiles = int((lanes - 1) / size) + 1
+    each, more = divmod(tiles, team)
+    first = [t * each + min(t, more) for t in range(team + 1)]
+    return [bisect.bisect_right(first, int(k / size)) - 1 for k in range(lanes)]
 
 
 def _memory(engine: Engine, x: Sequence[Tensor]) -> dict[str, Memory]:

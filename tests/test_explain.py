@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 
 import seqparc
 from seqparc import ir
+from seqparc.codegen import build
+from seqparc.explain import _entries
+from seqparc.explanation import Explanation
 from seqparc.formula import formula
 from seqparc.passes.matrices import Form, Matrix, NoFormError, matrix_form
 from seqparc.runtime.interpreter import TorchKernel
@@ -45,6 +51,21 @@ class Joined(nn.Module):
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         h = torch.sin(self.w(torch.cat((x, h), -1))) + 0.1 * h.amax(-1, keepdim=True)
         return h * h.flip(-1) / (1 + h.square().sum(-1, keepdim=True))
+
+
+class Read(nn.Module):
+    """Two leaves of state and an output of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(3, 4), nn.Linear(4, 2)
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(batch, 4), torch.zeros(batch, 4)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, c = self.cell(x, state)
+        return self.out(h), (h, c)
 
 
 MORE: dict[str, tuple[Callable[[], Any], int]] = {
@@ -138,3 +159,132 @@ def test_a_jacobian_that_nobody_would_read_is_not_written() -> None:
     with pytest.raises(NoFormError, match="more than 48 ways"):
         matrix_form(plan.core)
     assert "no matrix form" in formula(plan, rnn.cell).text()[0]
+
+
+# -- the forms it comes in -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told() -> Any:
+    """Of a cell with chunks, a readout and an awkward name, called before; its kernels are not optimised, which is quicker."""
+    name = "<b>& \\alpha $x$ [red]</b>"
+    rnn = seqparc.compile(Read(), name=name, options={"strategy": "shooting", "chunks": 4, "warmup": 2})
+    x = torch.randn(2, 200, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O2" else flag for flag in build.FLAGS))
+        rnn(x)[0].sum().backward()
+        before = rnn.stats
+        made = rnn.explain(x)
+    assert rnn.stats == before  # measuring is nothing that the cell's engine did
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in rnn.parameters())
+    return made
+
+
+def balanced(latex: str) -> bool:
+    """Braces close in order, and so do \\left and \\right and environments."""
+    depth = 0
+    for sign in re.findall(r"(?<!\\)[{}]", latex):
+        depth += 1 if sign == "{" else -1
+        if depth < 0:
+            return False
+    begun, ended = (re.findall(rf"\\{word}{{(\w+\*?)}}", latex) for word in ("begin", "end"))
+    return not depth and latex.count(r"\left") == latex.count(r"\right") and sorted(begun) == sorted(ended)
+
+
+KNOWN = set("""begin end left right frac partial operatorname mathrm mathbb mathsf text times in sigma tanh sin cos sqrt exp log begin end
+    max min left right""".split())  # fmt: skip
+
+
+def test_latex_is_sound(told: Any) -> None:
+    found = [told.to_latex()]
+    for name, inputs in (("elementwise GRU", 21), ("two levels", 3), ("layer norm GRU", 3), ("sLSTM", 20)):
+        cell = CELLS[name].make()
+        plan = seqparc.compile(cell).engine(torch.zeros(1, 1, inputs)).plan  # type: ignore[union-attr]
+        form = formula(plan, cell)
+        found.append(Explanation(name, (), plan.structure.pattern, tuple(_entries(plan)), told.stats, formula=form).to_latex())
+    for latex in found:
+        assert balanced(latex) and latex.isascii(), latex
+        assert set(re.findall(r"\\([a-zA-Z]+)", latex)) <= KNOWN, set(re.findall(r"\\([a-zA-Z]+)", latex)) - KNOWN
+    first = "\\begin{align*}\nJ = \\frac{\\partial s'}{\\partial s} &= \\begin{pmatrix} J_{00} & J_{01} \\\\ J_{10} & J_{11}"
+    assert found[0].startswith(first)
+    assert "s'_{0}" in found[1] and "tanh" in found[1]
+    assert not balanced("}{") and not balanced(r"\left(")
+    mathtext = pytest.importorskip("matplotlib.mathtext")
+    parser = mathtext.MathTextParser("path")
+    lines = [line for latex in found[:2] for line in latex.split("\n")[1:-1] if "pmatrix" not in line and len(line) < 100]
+    for line in lines:
+        parser.parse("$" + line.removesuffix(r" \\").replace("&", "") + "$")
+    assert len(lines) > 8
+
+
+def test_html_has_no_scripts_and_no_names_as_markup(told: Any) -> None:
+    shown = told._repr_html_()
+    assert "&lt;b&gt;&amp; \\alpha $x$ [red]&lt;/b&gt;" in shown and "<b>" not in shown
+    assert not re.search(r"<script|<link|http|@import|\bon\w+=", shown)
+    assert not re.search(r"(?<![-\w])color:(?!inherit)", shown)  # text in the page's own colour, on light and dark
+    for tag in ("table", "tr", "td", "th", "pre", "caption"):
+        assert len(re.findall(rf"<{tag}[ >]", shown)) == shown.count(f"</{tag}>")
+
+
+def test_a_page_is_a_whole_document(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    page = told.page()  # without matplotlib there is no picture in it
+    assert page.startswith("<!doctype html>") and told._repr_html_() in page and "<title>&lt;b&gt;" in page and "<img" not in page
+    assert "charset='utf-8'" in page and "light dark" in page
+
+
+def test_a_terminal_has_tables_and_a_file_has_text(told: Any) -> None:
+    from rich.console import Console
+
+    plain = str(told)
+    assert "\x1b" not in plain and "[red]" in plain and "time of a call" in plain and "J01 = diag(" in plain
+    console = Console(width=140, force_terminal=True, record=True)
+    with console.capture() as capture:
+        console.print(told)
+    coloured = capture.get()
+    assert "\x1b" in coloured and "█" in coloured and "[red]" in coloured
+
+
+def test_the_time_of_a_call_is_what_its_parts_take(told: Any) -> None:
+    times = told.timeline
+    assert set(times.parts) == {"forward", "backward"} and 3 <= times.runs <= 7 and (times.batch, times.steps, times.whole) == (2, 200, 200)
+    for direction, parts in times.parts.items():
+        middle, least, most = times.total[direction]
+        assert 0 < least <= middle <= most and all(t >= 0 for t in parts.values())
+        assert sum(parts.values()) == pytest.approx(middle, rel=1e-6)
+        assert parts["kernel"] > 0
+    assert "readout" in times.parts["forward"] and "weights' gradients, memory" in times.parts["backward"]
+    lines = dict(told.sections)["time of a call"]
+    assert any(line.startswith("  kernel: ") and line.endswith("%") for line in lines)
+    assert told.as_dict()["seconds"]["parts"]["forward"]["kernel"] == times.parts["forward"]["kernel"]
+
+
+def test_a_cell_that_was_not_called_is_run_for_the_explanation(quick: None) -> None:
+    rnn = seqparc.compile(CELLS["elementwise GRU"].make())
+    with torch.no_grad():
+        told = rnn.explain(torch.randn(1, 50, 21))
+    assert rnn.stats.backend == "" and not rnn.kernels() and list(told.timeline.parts) == ["forward"]
+    assert told.stats.backend == "c" and "not called yet" in str(told)
+    assert "not measured" in dict(rnn.explain(torch.randn(0, 5, 21)).sections)["time of a call"][0]
+
+
+def test_the_picture_says_what_it_shows(told: Any, tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    told.plot(path := tmp_path / "told.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    coded = re.search(r"data:image/svg\+xml;base64,([\w+/=]+)", told.page())
+    assert coded is not None
+    drawn = base64.b64decode(coded[1]).decode()
+    assert drawn.startswith("<?xml") and "<svg" in drawn and "<script" not in drawn
+    for words in ("State Jacobian: 40 of 64 entries", "time [steps]", "tolerance", "time [ms], median of", "readout"):
+        assert words in drawn  # as comments beside the letters' shapes
+    rows = told.rows["forward"]
+    assert [r.first for r in rows] == [0, 50, 100, 150] and [r.lead for r in rows] == [0, 2, 2, 2] and {r.length for r in rows} == {50}
+    with pytest.raises(seqparc.SeqparcError, match=r"\.png or \.svg"):
+        told.plot(tmp_path / "told.gif")
+
+
+def test_a_picture_without_matplotlib_says_what_to_do(told: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(seqparc.SeqparcError, match=r"seqparc\[demo\]"):
+        told.plot(tmp_path / "told.png")
