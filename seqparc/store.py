@@ -37,7 +37,7 @@ def folder() -> Path:
 
     Raises OSError where that cannot be had either.
     """
-    found = _wanted()
+    found = wanted()
     try:
         found.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = found.stat()
@@ -49,7 +49,8 @@ def folder() -> Path:
         return instead(error)
 
 
-def _wanted() -> Path:
+def wanted() -> Path:
+    """The folder that was asked for, or the user's own, whether it can be used or not."""
     asked = environment("SEQPARC_CACHE")
     if asked:
         return Path(asked)
@@ -80,7 +81,7 @@ def unkept(error: Exception) -> None:
     if not _said:
         _said = True
         warnings.warn(
-            f"the cache folder {_wanted()} cannot be used ({error}); what this process compiles and finds out is not kept for the next. "
+            f"the cache folder {wanted()} cannot be used ({error}); what this process compiles and finds out is not kept for the next. "
             "Mend it or make room there, or name another folder in SEQPARC_CACHE.",
             SeqparcWarning,
             stacklevel=2,
