@@ -21,6 +21,7 @@ from seqparc.formula import formula
 from seqparc.passes import derivative, symbolic
 from seqparc.picture import Row
 from seqparc.plan import Plan, Stats
+from seqparc.runtime.derived import as_real
 from seqparc.runtime.driver import Cut
 from seqparc.runtime.engine import Engine
 from seqparc.runtime.memory import Memory, memory
@@ -55,7 +56,7 @@ def explain(rnn: CompiledRNN, x: Any = None, state: Any = None) -> Explanation:
         leaves, convention, start = rnn.understand(x, state)
         if leaves[0].shape[0]:
             sections.append(("forgetting", forgetting(rnn.cell, convention, leaves, start).lines()))
-        times, watched = _timed(engine, leaves, start)
+        times, watched = _timed(engine, leaves, as_real(start))
         ran = watched if watched is not None and not engine.stats.backend else engine
         taken = _memory(ran, leaves)
     for (suffix, part), (_, made) in zip(engine.parts, ran.parts, strict=True):

@@ -88,7 +88,7 @@ def _pattern(axes: Any, pattern: np.ndarray, leaves: Sequence[int]) -> None:
     filled = int(pattern.sum())
     note = f"; each dot {block} × {block}" if block > 1 else ""
     parts = f"; lines between the {len(leaves)} leaves" if len(leaves) > 1 else ""
-    axes.set_title(f"State Jacobian: {filled} of {n * n} entries may be non-zero", pad=12)
+    axes.set_title(f"State Jacobian: {filled:,} of {n * n:,} entries may be non-zero", pad=12)
     axes.set(xlabel=f"state number before the step{parts}{note}", ylabel="state number after the step")
     axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5))
     for axis in (axes.xaxis, axes.yaxis):
@@ -120,7 +120,10 @@ def _chunks(axes: Any, rows: Mapping[str, Sequence[Row]]) -> None:
     axes.set(xlabel="time [steps]", ylabel=f"{kind} number{some}")
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, max(r.first + r.length for r in shown))
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    if len(shown) <= 12:
+        axes.set_yticks(range(len(shown)))
+    else:
+        axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=9, frameon=False)
 
 

@@ -27,7 +27,7 @@ from seqparc.spans import Spans
 
 #: Runs before those that count, in which the engine learns and memory is touched for the first time, and runs that count.
 BEFORE, RUNS = 2, 7
-#: Seconds that all of them may take, as far as a first run of so many steps tells; where they take longer there are fewer, LEAST of them.
+#: Seconds that one of them may take, as far as a first run of so many steps tells, and all of them; beyond there are LEAST of them.
 SECONDS, FIRST, LEAST = 1.0, 1024, 3
 #: Bytes beyond which nothing is run for the sake of being measured.
 MOST = 1 << 30
@@ -203,7 +203,7 @@ def _measured(engine: _Watched, clock: _Clock, x: list[Tensor], start: list[Tens
     whole, first = x[0].shape[1], [v[:, :FIRST] for v in x]
     _once(engine, clock, first, start, gradient)  # makes the kernels
     one = min(sum(_once(engine, clock, first, start, gradient)[0].values()) for _ in range(2))
-    steps = max(FIRST, int(SECONDS / max(one, 1e-9) / (BEFORE + RUNS) * min(FIRST, whole)))
+    steps = max(FIRST, int(SECONDS / max(one, 1e-9) * min(FIRST, whole)))
     steps = whole if 2 * steps > whole else steps
     runs: list[tuple[dict[str, float], dict[str, dict[str, float]]]] = []
     begin = time.perf_counter()

@@ -161,6 +161,12 @@ def test_a_jacobian_that_nobody_would_read_is_not_written() -> None:
     assert "no matrix form" in formula(plan, rnn.cell).text()[0]
 
 
+def test_complex_states_are_pairs(quick: None) -> None:
+    rnn = seqparc.compile(lambda x, h: (0.8 + 0.3j) * h + x, state=torch.zeros(2, dtype=torch.complex64))
+    told = rnn.explain(torch.randn(2, 30, 2, dtype=torch.complex64))
+    assert told.pattern.shape == (4, 4) and told.formula.text()[0].startswith("J = ") and list(told.timeline.parts) == ["forward"]
+
+
 # -- the forms it comes in -----------------------------------------------------------------------------------------------
 
 

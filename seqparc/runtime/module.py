@@ -192,7 +192,7 @@ class CompiledRNN(nn.Module):
     def engine(self, x: Any = None, state: Any = None) -> Engine | str | None:
         """The engine for the shapes of x, made if need be; of the last call if x is None. A string says why there is none."""
         if x is not None:
-            return self._engine(self._call(x, state))
+            return self._engine(*paired(self._call(x, state), self.cell))
         return self._last if isinstance(self._last, Engine) else self._last.fallback
 
     def kernels(self) -> dict[tuple[str, str], str]:
