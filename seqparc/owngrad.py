@@ -49,6 +49,10 @@ class _Watch(TorchFunctionMode):
             self.found.append(f"{word} at {user_source() or 'the cell'}")
         if not isinstance(func, (FunctionType, torch.jit.ScriptFunction)):
             return func(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:  # whose result has a history of its own, if that is asked for
+            if not (kwargs.get("create_graph") if kwargs and "create_graph" in kwargs else len(args) > 4 and args[4]):
+                self.found.append(f"autograd.grad without create_graph at {user_source() or 'the cell'}")
+            return func(*args, **(kwargs or {}))
         with _Cuts() as inside:  # one of torch's that is written in Python, in which this mode is not asked
             result = func(*args, **(kwargs or {}))
         if inside.seen:

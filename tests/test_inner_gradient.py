@@ -52,6 +52,22 @@ def test_cells_take_derivatives_and_are_differentiated_themselves(take):
     assert not rnn.engine().plan.own_gradient
 
 
+def test_a_derivative_without_a_history_is_a_constant_to_gradients():
+    """As it is to autograd, which goes through the loop: not the derivative of what is computed."""
+
+    def cell(x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = y if y.requires_grad else y.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(nn.functional.softplus(at).sum(), at)
+        return 0.5 * y + torch.tanh(slope + x)
+
+    rnn = seqparc.compile(cell, state=torch.zeros(2), backend="torch")
+    y0 = torch.randn(3, 2).double().requires_grad_()
+    x = torch.randn(3, 9, 2).double()
+    found, wanted = (torch.autograd.grad(run(x, y0)[0].sum(), y0)[0] for run in (rnn, rnn.sequential))
+    assert torch.allclose(found, wanted) and torch.allclose(found, sum(0.5**k for k in range(1, 10)) * torch.ones_like(found))
+
+
 def test_in_float32_the_oracle_takes_the_derivative_in_float64():
     torch.manual_seed(0)
     rnn = seqparc.compile(Field(by_vmap), state=torch.zeros(2))
