@@ -151,7 +151,7 @@ def draw(audio: Tensor, target: Tensor, gains: dict[str, Tensor], found: Search,
     speed.axhline(1, color="0.6", linestyle=":")
     speed.set(yscale="log", ylabel="seconds of audio per second", title="Against real time (dotted)")
     speed.tick_params(axis="x", labelsize="small")
-    speed.margins(y=0.2)
+    speed.set_ylim(min(speeds.values()) / 4, max(speeds.values()) * 3)
     return figure
 
 
