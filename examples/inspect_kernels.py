@@ -125,7 +125,7 @@ def draw(pattern: Tensor, y: Tensor, found: dict[str, tuple[seqparc.Stats, float
     for lane in (0, 3, 7):
         shown.plot(y[0, :200, lane].detach(), label=f"pendulum {lane}", linewidth=1.2)
     shown.set(xlabel="time (steps)", ylabel="cos(angle)", title="Outputs of the cell")
-    shown.legend(frameon=False, ncols=3)
+    shown.legend(frameon=False, ncols=3, fontsize="small", loc="upper center")
     shown.margins(x=0, y=0.2)
 
     floor = torch.finfo(torch.float32).eps / 4  # a gap of zero has to be drawn somewhere
