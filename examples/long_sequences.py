@@ -129,7 +129,7 @@ def draw_picture(eager: Training, mine: Training, name: str) -> object:
     shown = min(1500, mine.length)
     rows = top.subplots(len(KINDS), 1, sharex=True)
     for number, (axes, title) in enumerate(zip(rows, KINDS, strict=True)):
-        axes.imshow(x[kind == number][0, :shown].T, aspect="auto", cmap="RdBu", vmin=-1.8, vmax=1.8, interpolation="nearest")
+        axes.imshow(x[kind == number][0, :shown].T.numpy(), aspect="auto", cmap="RdBu", vmin=-1.8, vmax=1.8, interpolation="nearest")
         axes.set(ylabel=title, yticks=[])
         axes.yaxis.label.set(rotation=0, ha="right", va="center")
     rows[0].set_title(f"Six segments (rows) of one crawler of each kind: the first {shown:,} of {mine.length:,} steps (synthetic)")

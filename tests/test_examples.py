@@ -75,6 +75,8 @@ def test_long_sequences_tells_when_losses_differ(beside: None, quick: None, tmp_
         return convert(model)
 
     monkeypatch.setattr(example.seqparc, "convert", wrong)
+    monkeypatch.setattr(example, "HELD_OUT", 5)
+    monkeypatch.setattr(example, "save", lambda *_: None)
     assert example.main(["--quick", "--steps", "1", "--eager-steps", "1", "--plain-loop", "--out", str(tmp_path)]) == 1
 
 
