@@ -43,6 +43,14 @@ class Options:
                     and not memory is what a step waits for, and larger by as many numbers a step as `rnn.explain(x)` says.
                     Under transforms of torch.func, in graphs of torch.compile and torch.export, and for cells that bring a gradient
                     of their own or run by calls of the cell, it is "recompute" whatever is asked for
+
+    Raises ValueError for a value that is none of these, TypeError for an option that there is not.
+
+    >>> seqparc.Options(strategy="shooting", chunks=8).chunks
+    8
+    >>> seqparc.Options(strategy="fast")
+    Traceback (most recent call last):
+    ValueError: Options.strategy is 'fast'; choose one of 'auto', 'sequential', 'shooting', 'newton'
     """
 
     strategy: Strategy = "auto"
