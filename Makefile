@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: test demo lint bench nightly oldest zoo clean
+.PHONY: test demo lint bench nightly docs oldest zoo clean
 
 test: .venv/stamp
 	$(PY) -m pytest -n auto --dist worksteal
@@ -22,6 +22,11 @@ bench: .venv/stamp
 
 nightly: .venv/stamp
 	$(PY) -m pytest -m nightly
+
+# The site, in site/; a warning is an error. The generator's news of its successor are no warning of ours.
+docs: .venv/stamp
+	$(PY) -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # The oldest Triton we support, beside the newest: with it there the interpreter's tests run on one, and what compiles on the other.
 oldest: .venv/oldest
