@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import seqparc
 from seqparc import explain
+from seqparc.__main__ import parser
 from seqparc.codegen import floor
 from seqparc.runtime.engine import Engine
 from seqparc.timeline import Timeline
@@ -73,6 +75,14 @@ def test_every_public_name_is_in_the_reference() -> None:
     for name in set(seqparc.__all__) - {"__version__"}:
         module = getattr(getattr(seqparc, name), "__module__", "").removeprefix("seqparc.")
         assert name in described or module in described or any(d.startswith(f"{name}.") for d in described), name
+
+
+def test_every_command_and_its_options_are_in_the_reference() -> None:
+    told = (DOCS / "reference" / "shell.md").read_text("utf-8")
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        assert f"| `{name}` |" in told
+        assert [o for a in command._actions for o in a.option_strings[-1:] if o not in told and o != "--help"] == [], name
 
 
 def test_examples_in_docstrings_run(quick: None) -> None:
