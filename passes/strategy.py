@@ -14,6 +14,8 @@ FIRST_WARMUP = 32
 NEARLY = 1.05
 #: Largest dense state for which the exact update, n + 1 times the work of a pass, is offered.
 EXACT_LIMIT = 32
+#: Products of a step from which on corrections have to be asked for: a kernel that carries them takes 10 to 30 s to compile.
+MANY = 8
 
 
 def corrections(n: int, scalar: bool) -> tuple[str, ...]:
@@ -24,13 +26,13 @@ def corrections(n: int, scalar: bool) -> tuple[str, ...]:
 @functools.lru_cache(512)
 def choose(
     options: Options, *, steps: int, paces: tuple[tuple[int, float], ...], n: int, scalar: bool, affine: bool, warmup: int | None,
-    passes: float = 1, per_warmup: int = 1, slower: str | None = None,
+    passes: float = 1, per_warmup: int = 1, slower: str | None = None, products: int = 0,
 ) -> Choice:
     """Decide for `steps` steps of lanes of n numbers.
 
     `paces`: numbers of chunks, the last of which fills the device, and how long a step of so many takes, times that of one. `warmup` and
     `passes` are what earlier runs have shown to be needed, `slower` why they were not worth it; a chunk is at least `per_warmup` warm-ups
-    long.
+    long. `products` are the matrix products of a step: with many of them, a kernel that carries Jacobians takes long to compile.
     """
     best = paces[-1][0]
     strategy, reasons = options.strategy, []
@@ -72,4 +74,7 @@ def choose(
         reasons.append("linear in the state, so one exact update is right and no guess is needed")
     if update == "exact" and affine:
         guess = 0
+    if update == "auto" and products > MANY:
+        offered = ()
+        reasons.append(f"no corrections, which would take long to compile: a step has {products} matrix products")
     return Choice("shooting", chunks, guess, ("none", *offered) if update == "auto" else (update,), tuple(reasons))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from seqparc.draws import Draw
-from seqparc.ir import Program
+from seqparc.ir import Contract, Program, topological
 from seqparc.surroundings import same
 
 
@@ -85,6 +85,12 @@ class Plan:
     def read(self) -> tuple[Any, ...]:
         """Keys of what the readout reads."""
         return () if self.readout is None else tuple(self.readout.inputs)
+
+    @functools.cached_property
+    def products(self) -> int:
+        """Matrix products of a step."""
+        roots = (*self.program.next, *(e.value for e in self.program.emits))
+        return sum(isinstance(v, Contract) for v in topological(roots))
 
     @functools.cached_property
     def place(self) -> np.ndarray:

@@ -343,6 +343,8 @@ def test_strategy_says_why() -> None:
     assert newton == strategy.Choice("newton", 10_000, 0, ("exact",), newton.reasons)
     assert decide(Options(strategy="newton"), n=33, scalar=False).updates == ("diagonal",)
     assert decide(Options(), n=32, scalar=False).updates == ("none", "diagonal", "exact")
+    assert decide(Options(), n=32, scalar=False, products=12).updates == ("none",)
+    assert decide(Options(update="diagonal"), n=32, scalar=False, products=12).updates == ("diagonal",)
     assert decide(Options(), n=33, scalar=False).updates == ("none", "diagonal")
     assert decide(Options(strategy="shooting", update="exact"), n=33, scalar=False).updates == ("diagonal",)
     assert decide(Options(strategy="shooting", chunks=7, warmup=5)).chunks == 7

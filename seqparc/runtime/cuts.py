@@ -60,6 +60,7 @@ class Cuts:
             choice = self._choose(
                 options, steps=steps, paces=paces, n=self._plan.program.n, scalar=self._plan.scalar, affine=direction == "backward",
                 warmup=known.warmup, passes=known.passes, per_warmup=kernel.chunk_per_warmup, slower=slower,
+                products=self._plan.products,
             )  # fmt: skip
             if not watched:
                 choice = replace(choice, reasons=("a CUDA graph is being made, in which gaps cannot be waited for",))
