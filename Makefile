@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: test demo lint bench nightly docs oldest zoo clean
+.PHONY: test demo lint bench nightly docs package oldest zoo clean
 
 test: .venv/stamp
 	$(PY) -m pytest -n auto --dist worksteal
@@ -27,6 +27,17 @@ nightly: .venv/stamp
 docs: .venv/stamp
 	$(PY) -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
+# The wheel and the source distribution in dist/, and the wheel installed into an environment of its own, where it must run.
+package: .venv/stamp
+	rm -rf dist build .venv/package
+	$(PY) -m pip install --quiet build twine
+	$(PY) -m build --quiet
+	$(PY) -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv/package
+	.venv/package/bin/pip install --quiet "$(TORCH)"
+	.venv/package/bin/pip install --quiet dist/*.whl
+	cd /tmp && $(CURDIR)/.venv/package/bin/python -m seqparc doctor
 
 # The oldest Triton we support, beside the newest: with it there the interpreter's tests run on one, and what compiles on the other.
 oldest: .venv/oldest

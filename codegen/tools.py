@@ -65,7 +65,7 @@ def run(commands: Sequence[Command], scratch: Path | None = None) -> list[Ran]:
                         raise ToolchainError(f"{command[0]} is not run, as this process ends", command)
                     process = subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-                        env=env, process_group=0,
+                        env=env, start_new_session=True,
                     )  # fmt: skip
             except OSError as error:
                 raise ToolchainError(f"{command[0]} cannot be run: {error}", command) from error

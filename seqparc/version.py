@@ -1,3 +1,3 @@
 """The version, apart so that building a package does not import torch."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
