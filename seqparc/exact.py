@@ -89,7 +89,7 @@ class Kinds:
         self.nodes, self.explicit = nodes, explicit
         inside = [n for n in nodes if n.meta["kind"] == "state"]
         read = {a for n in inside for a in n.all_input_nodes if a.meta["kind"] == "x"}
-        floats = {d for n in (*inside, *read) for d in _dtypes(n)} | {c for n in inside if (c := common(n)) is not None}
+        floats = {d for n in (*inside, *read, *states) for d in _dtypes(n)} | {c for n in inside if (c := common(n)) is not None}
         self.outer = {*states, *(a for n in inside for a in n.all_input_nodes if a.meta["kind"] in ("x", "param"))}
         whole = not any(n.meta["val"].dtype.is_floating_point or n.meta["val"].dtype.is_complex for n in states)
         counts = whole and any(n.meta["val"].dtype in _WIDE for n in states)

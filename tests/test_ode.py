@@ -67,7 +67,8 @@ def agree(func, y0, t: Tensor, x=None, plain=None, method: str = "rk4", options=
 
 @pytest.mark.parametrize("method", SHARED)
 def test_methods_are_torchdiffeqs(method):
-    assert agree(Net(), rand(3, 2), T, method=method, options={"backend": "c"}).stats.backend == "c"
+    backend = "c" if method == "rk4" else "torch"
+    assert agree(Net(), rand(3, 2), T, method=method, options={"backend": backend}).stats.backend == backend
 
 
 def test_dopri5_is_torchdiffeqs_where_that_accepts_every_step():
@@ -209,8 +210,9 @@ def test_what_cannot_be_solved_is_said():
         solve(lambda t, y: y, y0, T, options={"steps": 3})
 
 
-def test_one_time_is_the_start():
+def test_one_time_is_the_start_and_no_samples_have_no_solution():
     assert torch.equal(solve(lambda t, y: -y, rand(4, 2), T[:1]), rand(4, 2)[None])
+    assert solve(lambda t, y: -y, rand(0, 2), T).shape == (13, 0, 2)
 
 
 def test_a_solver_validates_and_tells():
@@ -266,6 +268,9 @@ def test_a_step_that_cannot_be_solved_is_an_error():
     with pytest.raises(ConvergenceError, match="smaller steps") as caught:
         solve(lambda t, y: y**2 + 1, torch.ones(3, 1), torch.arange(3.0), method="implicit_euler", options={"backend": "torch"})
     assert caught.value.gap > 1e-10
+    start = torch.tensor([[1.0], [torch.nan]])  # a sample that is no number does not hide it
+    with pytest.raises(ConvergenceError):
+        solve(lambda t, y: y**2 + 1, start, torch.arange(3.0), method="implicit_euler", options={"backend": "torch"})
 
 
 def test_the_exponential_method_is_exact_for_linear_fields():

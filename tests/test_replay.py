@@ -215,7 +215,7 @@ def test_x_may_lie_as_it_likes(way: str, first: bool, replayed: list[bool]) -> N
         with torch.no_grad():
             mine, right = rnn(given)[0], rnn.sequential(given)[0]
         torch.testing.assert_close(mine, right, atol=2e-6, rtol=2e-6)
-    assert any(replayed)
+    assert any(replayed) != (first and way == "integers")  # integers are looked at in every call
 
 
 def test_an_equal_number_of_another_kind_is_another(replayed: list[bool]) -> None:

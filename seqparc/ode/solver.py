@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
@@ -124,8 +124,8 @@ class Solver(nn.Module):
         """The solution at t; see `solve`."""
         leaves, structure = flatten(y0)
         t = _checked(t, leaves)
-        if len(t) < 2:
-            return structure.unflatten([v[None] for v in leaves])
+        if len(t) < 2 or not all(v.numel() for v in leaves):
+            return structure.unflatten([v.expand(len(t), *v.shape) for v in leaves])
         given = self.given(y0, t, x)
         states = self._run(given)
         shown = self._shown(given, [torch.cat((v[None], s.transpose(0, 1))) for v, s in zip(given.y, states, strict=True)])
@@ -147,8 +147,8 @@ class Solver(nn.Module):
             if not step.doubting:
                 return list(y)
             doubt, *states = y
-            worst, allowed = float(doubt.detach().max()), step.allowed(given.y[0].dtype)
-            if worst <= allowed or worst != worst:  # what is no number shows itself in the states
+            worst, allowed = float(doubt.detach().nan_to_num(0.0).max()), step.allowed(given.y[0].dtype)
+            if worst <= allowed:  # what is no number shows itself in the states
                 return states
             if step.effort >= MOST:
                 raise ConvergenceError(
@@ -319,4 +319,6 @@ def solve(func: Any, y0: Any, t: Tensor, x: Any = None, method: str = "rk4", opt
     Raises ShapeError for y0, t or x of the wrong shape, SignatureError where func cannot be called, ConvergenceError where an implicit
     step cannot be solved, and what `seqparc.compile` documents.
     """
-    return _kept(func, method, Settings.of(options))(y0, t, x)
+    settings = Settings.of(options)
+    solver = _kept(func, method, settings) if isinstance(func, Hashable) else Solver(func, method, settings)
+    return solver(y0, t, x)

@@ -17,6 +17,7 @@ from seqparc import signature as sig
 from seqparc.captured import Made, parts, reachable
 from seqparc.draws import drawn
 from seqparc.errors import InexactError, SeqparcError, SeqparcWarning, ShapeError, SignatureError, StateError, UnsupportedOpError
+from seqparc.exact import is_count
 from seqparc.held import Watch, untouched
 from seqparc.locks import LOOKING
 from seqparc.options import Options
@@ -337,7 +338,9 @@ class CompiledRNN(nn.Module):
         """The engine of the cell, or of a step made from it, for these shapes; or, where it can only be looped over, why."""
         cell = self.cell if cell is None else cell
         training = tuple([m.training for m in self._parts[0]])
-        wide = max(self._wide, int(not plain(call.leaves)))  # numbers that cannot be looked at may be large
+        wide = self._wide
+        if not plain(call.leaves) and any(is_count(t.dtype) for t in (*call.leaves, *call.start)):
+            wide = max(wide, 1)  # integers that cannot be looked at may be large
         key: tuple[Any, ...] = call.about, training, modes(), autocast(call.about[0]), wide
         engine = self._engines.get(key)
         if isinstance(engine, Engine) and engine.plan.stale():
