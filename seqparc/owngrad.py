@@ -11,6 +11,7 @@ the program: a surrogate gradient says nothing about where a perturbed state goe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -53,11 +54,18 @@ class _Watch(TorchFunctionMode):
             if not (kwargs.get("create_graph") if kwargs and "create_graph" in kwargs else len(args) > 4 and args[4]):
                 self.found.append(f"autograd.grad without create_graph at {user_source() or 'the cell'}")
             return func(*args, **(kwargs or {}))
-        with _Cuts() as inside:  # one of torch's that is written in Python, in which this mode is not asked
+        with _Cuts() as inside, kept_whole():  # one of torch's that is written in Python, in which this mode is not asked
             result = func(*args, **(kwargs or {}))
         if inside.seen:
             self.found.append(f"{name}, which detaches, at {user_source() or 'the cell'}")
         return result
+
+
+def kept_whole() -> contextlib.AbstractContextManager[Any]:
+    """Results that autograd keeps for backward are not detached meanwhile, as it does with them unless it is told otherwise."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 class _Cuts(TorchDispatchMode):

@@ -128,3 +128,10 @@ def test_derivatives_of_activations_are_known(activation):
     rnn = seqparc.compile(cell, state=torch.zeros(2), backend="torch")
     report = rnn.validate(0.1 * torch.rand(2, 9).double(), torch.randn(2, 2).double())
     assert report.ok and report.stats.backend == "torch"
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6)], ids=lambda n: type(n).__name__)
+def test_what_autograd_keeps_of_a_result_is_no_cut(norm):
+    rnn = seqparc.compile(lambda x, h: (norm(h + x), 0.5 * torch.tanh(h + x)), state=torch.zeros(6), backend="torch")
+    assert rnn.validate(torch.randn(2, 9, 6)).ok
+    assert not rnn.engine().plan.own_gradient
