@@ -111,7 +111,7 @@ def picture_of_the_knob() -> Figure:
         right.loglog(lengths, [passes[k] * k for k in lengths], style, base=2, label=label)
     for ax, title in ((left, "passes"), (right, "steps one after the other: passes × K")):
         ax.set(title=title, xlabel="K, the steps of a chunk")
-    right.annotate("DEER", (1, 0.02), xycoords=("data", "axes fraction"))
+    right.annotate("DEER", (1, 0.02), (12, 0), xycoords=("data", "axes fraction"), textcoords="offset points")
     right.annotate("sequential", (LONG, 0.02), xycoords=("data", "axes fraction"), ha="right")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

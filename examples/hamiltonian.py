@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from common import COMPILED, EAGER, arguments, progress, save, table, timed
+from common import COMPILED, EAGER, arguments, progress, save, step_times, table, timed
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -144,11 +144,7 @@ def draw(t: Tensor, truth: Tensor, found: Tensor, before: Tensor, mine: Trainer,
     losses.axhline(2 * NOISE**2, color=EAGER, linestyle=":", label="noise, at both ends")
     losses.set(xlabel="training step", ylabel="mean square error", title="Loss")
     losses.legend(frameon=False)
-    both = [statistics.median(t.seconds) for t in (loop, mine)]
-    bars = times.bar(["plain loop", "compiled"], both, color=[EAGER, COMPILED], width=0.6)
-    times.bar_label(bars, labels=[f"{s:.3g} s" for s in both], padding=3)
-    times.set(yscale="log", ylabel="time per training step (s)", title=f"{both[0] / both[1]:,.1f} times faster")
-    times.set_ylim(min(both) / 4, max(both) * 3)
+    step_times(times, "plain loop", loop.seconds, mine.seconds)
     return figure
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import COMPILED, EAGER, arguments, progress, save, table, timed
+from common import COMPILED, EAGER, arguments, learn, progress, save, step_times, table, timed
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,16 +100,7 @@ class Training:
     def step(self) -> None:
         """One batch; the sequences are made before the clock starts."""
         x, kind = crawlers(self.batch, self.length, self.draw)
-
-        def learn() -> float:
-            self.optimiser.zero_grad()
-            loss = F.cross_entropy(self.model(x, self.run), kind)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimiser.step()
-            return loss.item()
-
-        loss, seconds = timed(learn)
+        loss, seconds = timed(lambda: learn(self.optimiser, self.model, lambda: F.cross_entropy(self.model(x, self.run), kind)))
         self.losses.append(loss)
         self.seconds.append(seconds)
 
@@ -146,11 +137,7 @@ def draw_picture(eager: Training, mine: Training, name: str) -> object:
     accuracy.axhline(100 / len(KINDS), color=EAGER, linestyle=":")
     accuracy.annotate("guessing", (0, 100 / len(KINDS)), (2, 3), textcoords="offset points", color="0.4")
     accuracy.set(xlabel="training step", ylabel="right (%)", title=f"{HELD_OUT} held-out sequences", ylim=(0, 104), xlim=(0, None))
-    both = [statistics.median(t.seconds) for t in (eager, mine)]
-    bars = times.bar([name, "compiled"], both, color=[EAGER, COMPILED], width=0.6)
-    times.bar_label(bars, labels=[f"{s:.3g} s" for s in both], padding=3)
-    times.set(yscale="log", ylabel="time per training step (s)", title=f"{both[0] / both[1]:,.1f} times faster")
-    times.set_ylim(min(both) / 4, max(both) * 3)
+    step_times(times, name, eager.seconds, mine.seconds)
     return figure
 
 

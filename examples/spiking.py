@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COMPILED, EAGER, arguments, progress, save, table, timed
+from common import COMPILED, arguments, learn, progress, save, step_times, table, timed
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -108,16 +108,7 @@ class Trainer:
 
     def step(self, run: Run | None = None) -> None:
         x, order = trains(self.batch, self.steps, self.draw)
-
-        def learn() -> float:
-            self.optimiser.zero_grad()
-            loss = F.cross_entropy(self.network(x, run)[0], order)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            self.optimiser.step()
-            return loss.item()
-
-        loss, seconds = timed(learn)
+        loss, seconds = timed(lambda: learn(self.optimiser, self.network, lambda: F.cross_entropy(self.network(x, run)[0], order)))
         self.losses.append(loss)
         self.seconds.append(seconds)
 
@@ -152,11 +143,7 @@ def draw(mine: Trainer, loop: Trainer) -> object:
     losses.plot(range(1, len(loop.losses) + 1), loop.losses, "o", color="k", markersize=6, fillstyle="none", label="plain loop")
     losses.set(xlabel="training step", ylabel="loss (nats)", title="Loss on the batch", ylim=(0, 1.1 * max(mine.losses)))
     losses.legend(frameon=False)
-    both = [statistics.median(t.seconds) for t in (loop, mine)]
-    bars = times.bar(["plain loop", "compiled"], both, color=[EAGER, COMPILED], width=0.6)
-    times.bar_label(bars, labels=[f"{s:.3g} s" for s in both], padding=3)
-    times.set(yscale="log", ylabel="time per training step (s)", title=f"{both[0] / both[1]:,.1f} times faster")
-    times.set_ylim(min(both) / 4, max(both) * 3)
+    step_times(times, "plain loop", loop.seconds, mine.seconds)
     return figure
 
 
